@@ -1,0 +1,208 @@
+"""The configuration: small frozen models, one default each. `config_file` reads them from YAML.
+
+Below the CLI nothing reads the environment; what a process needs, it gets from here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(value: object) -> object:
+    """`512MiB`, `1.5 GB`, `4096` → bytes; anything else is left for pydantic to refuse."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower().removesuffix("b").strip()
+    number = text.rstrip("kmgti")
+    unit = text[len(number) :]
+    try:
+        return int(float(number) * UNITS[unit])
+    except (KeyError, ValueError):
+        raise ValueError(f"'{value}' is not a size; write for example 512MiB or 4GB") from None
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class Model(BaseModel, frozen=True, extra="forbid"):
+    """Base of all configuration models: immutable, unknown keys refused."""
+
+
+class KvTransfer(Model):
+    """How KV moves between workers."""
+
+    backend: Literal["nixl"] = "nixl"
+    metadata_server: str | None = None  # address of the discovery service (etcd): tcp://host:port
+    rdma_device: str | None = None  # e.g. mlx5_0; becomes UCX_NET_DEVICES
+    transport_threads: Annotated[int, Field(ge=1, le=64)] = 1
+    timeout_ms: Annotated[int, Field(gt=0)] = 2000  # longest silence of a prefill worker before the next is tried
+    staging: Bytes = 64 * 2**20  # registered memory per worker and rank for pieces in flight, each direction
+    piece: Bytes = 4 * 2**20  # largest piece of one write
+    window: Annotated[int, Field(ge=1, le=64)] = 4  # pieces in flight per transfer
+    min_remote_tokens: Annotated[int, Field(ge=1)] = 64  # shorter uncached remainders are computed by the decode worker
+
+
+class WorkerGroup(Model):
+    """Workers of one role."""
+
+    count: Annotated[int, Field(ge=0, le=1024)] = 1
+    gpu_type: str = "auto"  # "cpu", "auto" (CUDA where present), or a name for the plan such as h100_sxm5
+    tensor_parallel: Annotated[int, Field(ge=1, le=64)] = 1
+    kv_cache: Bytes | None = None  # device KV per worker; default: 512MiB on CPU, vLLM's choice on GPU
+    max_num_seqs: Annotated[int, Field(ge=1)] = 64
+    threads: Annotated[int, Field(ge=1)] | None = None  # CPU threads per worker; default: the cores shared evenly
+    args: dict[str, Any] = {}  # passed to vLLM's AsyncEngineArgs
+    env: dict[str, str] = {}
+
+
+class Workers(Model):
+    """Either prefill and decode (apart), or both (aggregated)."""
+
+    prefill: WorkerGroup | None = None
+    decode: WorkerGroup | None = None
+    both: WorkerGroup | None = None
+
+    @model_validator(mode="after")
+    def _some_worker_decodes(self) -> Workers:
+        if self.both is None and self.decode is None:
+            raise ValueError("workers needs 'decode' (with 'prefill') or 'both'")
+        return self
+
+
+class Frontend(Model):
+    """The OpenAI HTTP frontend."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
+    max_body: Bytes = 16 * 2**20
+    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    chat_template: Path | None = None  # a Jinja file that replaces the model's own
+
+
+class Router(Model):
+    """Where requests go. Cost of a worker = overlap_weight × blocks it misses + load_weight × blocks it is busy with."""
+
+    mode: Literal["kv", "round_robin", "least_loaded"] = "kv"
+    overlap_weight: Annotated[float, Field(ge=0)] = 1.0
+    load_weight: Annotated[float, Field(ge=0)] = 1.0
+    prefill_candidates: Annotated[int, Field(ge=1, le=16)] = 3
+
+
+class TraceExport(Model):
+    """Where spans go: a JSON-lines file, or an OTLP endpoint."""
+
+    file: Path | None = None
+    otlp: str | None = None  # http://host:4318 or grpc://host:4317
+    sample: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _one_destination(self) -> TraceExport:
+        if self.file is not None and self.otlp is not None:
+            raise ValueError("give 'file' or 'otlp', not both")
+        return self
+
+
+class Telemetry(Model):
+    traces: TraceExport = TraceExport()
+    metrics: bool = True
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Nats(Model):
+    """An existing NATS server; without `url` one is embedded on loopback."""
+
+    url: str | None = None
+    user: str | None = None
+    password: str | None = None
+    token: str | None = None
+
+
+class Etcd(Model):
+    """An existing etcd; without `endpoints` (or kv_transfer.metadata_server) one is embedded on loopback."""
+
+    endpoints: tuple[str, ...] = ()  # http(s)://host:port
+    user: str | None = None
+    password: str | None = None
+    ca_cert: Path | None = None
+    lease_ttl_s: Annotated[int, Field(ge=1, le=300)] = 5
+
+
+class Sim(Model):
+    """Pace of the simulated engine (`engine: sim`)."""
+
+    block_size: Annotated[int, Field(ge=1)] = 16
+    kv_blocks: Annotated[int, Field(ge=8)] = 4096
+    prefill_ms_per_token: Annotated[float, Field(ge=0)] = 0.02
+    decode_step_ms: Annotated[float, Field(ge=0)] = 5.0
+    transfer_ms_per_block: Annotated[float, Field(ge=0)] = 0.05
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] = 8192
+
+
+class Config(Model):
+    """One deployment."""
+
+    model: str = "smollm2-135m-instruct"  # the embedded model, a Hugging Face id, or a folder
+    served_model_name: str | None = None
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    kv_cache_dtype: str = "auto"
+    max_model_len: Annotated[int, Field(ge=16)] | None = None
+    block_size: Annotated[int, Field(ge=1)] | None = None  # tokens a KV block; default 32 on CPU, 16 on GPU
+    engine: Literal["vllm", "sim"] = "vllm"
+    namespace: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "default"
+    state_dir: Path | None = None  # default: <user cache>/dynamo-lite/state/<namespace>
+    workers: Workers = Workers(prefill=WorkerGroup(), decode=WorkerGroup())
+    frontend: Frontend = Frontend()
+    router: Router = Router()
+    kv_transfer: KvTransfer = KvTransfer()
+    telemetry: Telemetry = Telemetry()
+    nats: Nats = Nats()
+    etcd: Etcd = Etcd()
+    sim: Sim = Sim()
+
+    @property
+    def model_name(self) -> str:
+        """The name clients use."""
+        return self.served_model_name or self.model
+
+
+class NatsAddress(Model):
+    """How a process reaches NATS, resolved."""
+
+    url: str
+    user: str | None = None
+    password: str | None = None
+    token: str | None = None
+
+
+class EtcdAddress(Model):
+    """How a process reaches etcd, resolved."""
+
+    endpoints: tuple[str, ...]
+    user: str | None = None
+    password: str | None = None
+    ca_cert: Path | None = None
+    lease_ttl_s: int = 5
+
+
+class ProcessSpec(Model):
+    """Everything one child process needs; the supervisor writes it to a 0600 file and passes the path."""
+
+    config: Config
+    role: Literal["frontend", "prefill", "decode", "both"]
+    name: str  # "decode-0"
+    model_path: Path  # folder with config.json, tokenizer.json and, for vLLM, weights
+    nats: NatsAddress
+    etcd: EtcdAddress
+    state_dir: Path  # sockets and other run-time files of this process go here
+    threads: int = 1
+    kv_cache: int | None = None  # bytes
+    embedded: bool = False  # NATS and etcd are ours
+    listen_fd: int | None = None  # frontends: an inherited listening socket

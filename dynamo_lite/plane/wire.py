@@ -1,0 +1,282 @@
+"""Every message that crosses a process, and the NATS subjects they travel on.
+
+All structs are msgpack (msgspec), frozen, and carry no KV bytes. `encode` prefixes the protocol version;
+`decode` refuses any other by name. Times on the wire are durations, never wall-clock instants, so hosts need
+not agree on the time.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import NewType, TypeVar
+
+import msgspec
+
+from dynamo_lite.errors import ProtocolMismatch
+
+PROTOCOL = 1
+
+Incarnation = NewType("Incarnation", str)  # uuid4 hex, new at every start of a worker process
+FrontendId = NewType("FrontendId", str)  # uuid4 hex of one frontend process
+RequestId = NewType("RequestId", str)
+
+
+class Role(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"  # aggregated
+
+    @property
+    def decodes(self) -> bool:
+        return self is not Role.PREFILL
+
+
+class Fingerprint(msgspec.Struct, frozen=True):
+    """What must agree for two workers to exchange KV."""
+
+    model: str
+    revision: str
+    dtype: str
+    kv_dtype: str
+    kv_layout: str
+    block_size: int  # tokens
+    block_bytes: int  # KV bytes of one block over all layers, per rank
+    tensor_parallel: int
+    engine: str  # "vllm" | "sim"
+    device: str  # "cpu:<isa>" | "cuda": CPU KV is packed for the instruction set
+
+    def mismatch(self, other: Fingerprint) -> str | None:
+        """A sentence naming both sides of the first difference, or None when KV can be exchanged."""
+        for field in self.__struct_fields__:
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs:
+                return f"{field} differs: {mine} here, {theirs} there"
+        return None
+
+
+class InstanceRecord(msgspec.Struct, frozen=True):
+    """What etcd holds, under the instance's lease, about one live worker."""
+
+    name: str  # for people, e.g. "decode-0"
+    incarnation: Incarnation
+    role: Role
+    host: str
+    pid: int
+    served_model: str
+    fingerprint: Fingerprint
+    kv_blocks: int  # capacity of the device tier
+    max_model_len: int  # tokens
+    max_num_seqs: int
+    metrics_url: str = ""
+    protocol: int = PROTOCOL
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Engine-side sampling. Text stop strings are the frontend's; ids that end a sequence, EOS included, are here."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None  # None: off; k: the chosen token and the k likeliest
+    logit_bias: dict[int, float] | None = None
+
+
+class GenerateRequest(msgspec.Struct, frozen=True):
+    """Frontend → decode worker. The worker owns the request from here on."""
+
+    request_id: RequestId
+    frontend: FrontendId
+    token_ids: list[int]
+    sampling: Sampling
+    n: int = 1  # sequences; sequence i uses seed + i
+    prefill: tuple[Incarnation, ...] = ()  # candidates, best first; empty: compute here
+    cache_salt: str | None = None
+    timeout_ms: int = 600_000  # of the whole request
+    traceparent: str = ""
+    route_reason: str = ""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability (natural) of one sampled token and of the likeliest alternatives at that position."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class WireError(msgspec.Struct, frozen=True):
+    """A DynamoError as it travels."""
+
+    kind: str
+    status: int
+    message: str
+
+
+class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """New tokens of one sequence of one request. The last one of a sequence has `finish` or `error`."""
+
+    request_id: RequestId
+    index: int = 0
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] | None = None  # one per token, when asked for
+    finish: str | None = None  # "stop" | "length" | "abort"
+    stop_token: int | None = None  # the id in Sampling.stop_token_ids that ended it; it is the last of token_ids
+    cached_tokens: int | None = None  # on the first delta of index 0: prompt tokens found in this worker's KV
+    error: WireError | None = None
+
+
+class DeltaBatch(msgspec.Struct, frozen=True):
+    """All deltas of one engine step of one worker for one frontend. `seq` rises by one per worker and frontend."""
+
+    worker: Incarnation
+    seq: int
+    deltas: list[Delta]
+
+
+class Cancel(msgspec.Struct, frozen=True):
+    request_id: RequestId
+
+
+class RankTarget(msgspec.Struct, frozen=True):
+    """Where one tensor-parallel rank of the decode worker takes pieces: its agent and the granted staging slots."""
+
+    agent: bytes  # the transfer engine's metadata; empty for the sim engine
+    agent_name: str
+    address: int  # of slot 0
+    device: int
+    memory: str  # "DRAM" | "VRAM"
+    slot_bytes: int
+    slots: tuple[int, ...]  # slot indices granted to this transfer, used round-robin
+
+
+class PushTarget(msgspec.Struct, frozen=True):
+    """What a prefill worker needs to push a prompt's KV into a decode worker."""
+
+    transfer_id: int  # random 64 bits: the hold's generation; anything under another id is ignored
+    decode: Incarnation
+    first_block: int  # blocks before it are on the decode worker already
+    num_blocks: int  # blocks to push, the last one possibly partial
+    ranks: tuple[RankTarget, ...]
+
+
+class PrefillRequest(msgspec.Struct, frozen=True):
+    """Decode worker → prefill worker: compute this prompt's KV and push it to the target."""
+
+    request_id: RequestId
+    token_ids: list[int]
+    target: PushTarget
+    cache_salt: str | None = None
+    timeout_ms: int = 600_000
+    traceparent: str = ""
+
+
+class PrefillReply(msgspec.Struct, frozen=True):
+    """Sent once the prefill worker has pushed everything, or failed."""
+
+    cached_tokens: int = 0  # prompt tokens the prefill worker found in its own KV
+    seconds: float = 0.0  # from arrival to the last piece pushed
+    error: WireError | None = None
+
+
+class LoadReport(msgspec.Struct, frozen=True):
+    """A worker's load, published a few times a second and after every change of `running` to or from zero."""
+
+    worker: Incarnation
+    seq: int
+    running: int  # sequences
+    waiting: int
+    kv_used_blocks: int
+    kv_total_blocks: int
+    held_blocks: int = 0
+    kv_seq: int = 0  # last KV event batch published: lets a router notice a lost last batch
+    prefills: int = 0  # prefill requests served since start
+    draining: bool = False
+
+
+class Pong(msgspec.Struct, frozen=True):
+    """Answer to a ping: the worker's event loop runs."""
+
+    worker: Incarnation
+
+
+class Empty(msgspec.Struct, frozen=True):
+    """A message that needs no content."""
+
+
+T = TypeVar("T")
+_encoder = msgspec.msgpack.Encoder()
+_decoders: dict[type, msgspec.msgpack.Decoder[object]] = {}
+_HEAD = bytes([PROTOCOL])
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    return _HEAD + _encoder.encode(message)
+
+
+def decode(data: bytes, kind: type[T]) -> T:
+    """Raises ProtocolMismatch when the version differs or the content is not a `kind`."""
+    if not data or data[0] != PROTOCOL:
+        found = data[0] if data else "an empty message"
+        raise ProtocolMismatch(f"protocol {found} received for {kind.__name__}; this process speaks {PROTOCOL}")
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
+    try:
+        return decoder.decode(memoryview(data)[1:])  # type: ignore[return-value]  # the cache is keyed by the type
+    except msgspec.MsgspecError as error:
+        raise ProtocolMismatch(f"not a valid {kind.__name__}: {error}") from error
+
+
+class Subjects:
+    """NATS subjects of one deployment; `namespace` keeps deployments on a shared NATS apart.
+
+    Worker subjects are keyed by incarnation, so a message for a dead process can never reach its successor
+    and "no responders" means that very process is gone.
+    """
+
+    def __init__(self, namespace: str) -> None:
+        self.root = f"dl.{namespace}"
+
+    def generate(self, worker: Incarnation) -> str:
+        """GenerateRequest, no reply but the deltas; its reply subject is `undelivered(...)`."""
+        return f"{self.root}.w.{worker}.generate"
+
+    def cancel(self, worker: Incarnation) -> str:
+        """Cancel, published; idempotent; also for prefill requests."""
+        return f"{self.root}.w.{worker}.cancel"
+
+    def prefill(self, worker: Incarnation) -> str:
+        """PrefillRequest → PrefillReply."""
+        return f"{self.root}.w.{worker}.prefill"
+
+    def ping(self, worker: Incarnation) -> str:
+        """Empty → Pong."""
+        return f"{self.root}.w.{worker}.ping"
+
+    def snapshot(self, worker: Incarnation) -> str:
+        """Empty → KvSnapshot (the bus splits what is over NATS's payload limit)."""
+        return f"{self.root}.w.{worker}.snapshot"
+
+    def kv_events(self, worker: str = "*") -> str:
+        """KvEventBatch, published by workers."""
+        return f"{self.root}.kv.{worker}"
+
+    def load(self, worker: str = "*") -> str:
+        """LoadReport, published by workers."""
+        return f"{self.root}.load.{worker}"
+
+    def deltas(self, frontend: FrontendId) -> str:
+        """DeltaBatch, published by workers to one frontend."""
+        return f"{self.root}.f.{frontend}.deltas"
+
+    def undelivered(self, frontend: FrontendId, request_id: str = "*") -> str:
+        """Reply subject of `generate`: the server answers here with "no responders" when the worker is gone."""
+        return f"{self.root}.f.{frontend}.undelivered.{request_id}"

@@ -1,0 +1,142 @@
+"""What a worker needs of an engine. `vllm_engine` and `sim_engine` implement it; `worker` uses nothing else.
+
+An engine owns sequences and blocks. It knows nothing of NATS, etcd or HTTP: a decode engine that wants a remote
+prefill calls the `RemotePrefill` it was given, after it has allocated the destination blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from dynamo_lite.plane.wire import Fingerprint, PushTarget, RequestId, Sampling, TokenLogprob
+from kvbm.events import KvEvent, Tier
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine is, known once it has started."""
+
+    fingerprint: Fingerprint
+    kv_blocks: int
+    max_model_len: int  # tokens
+    max_num_seqs: int
+
+
+@dataclass(frozen=True, slots=True)
+class TransferReport:
+    """One finished transfer into this engine, for the `kv.transfer` span and the metrics."""
+
+    bytes: int
+    blocks: int
+    pieces: int
+    backend: str  # "nixl/UCX", "sim"
+    started_ns: int  # unix time of the first piece's arrival
+    ended_ns: int
+
+
+class RemotePrefill(Protocol):
+    """The worker's side of a remote prefill, handed to the engine with a job."""
+
+    async def ask(self, target: PushTarget) -> int:
+        """Have the next candidate compute the prompt and push it to `target`.
+
+        Returns the tokens that worker had cached, once it says everything was pushed. Raises PrefillFailed when
+        this attempt failed (the engine may open a new target and ask again while `more` is true).
+        Cancelling the call cancels the remote work.
+        """
+        ...
+
+    @property
+    def more(self) -> bool:
+        """Whether another candidate is left."""
+        ...
+
+    def skipped(self, reason: str) -> None:
+        """The engine computes locally and never asks; `reason` is recorded on the trace ("prefix hit", "short")."""
+        ...
+
+    def transferred(self, report: TransferReport) -> None:
+        """All blocks of the attempt arrived and are usable."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One sequence to generate."""
+
+    request_id: RequestId
+    token_ids: list[int]
+    sampling: Sampling
+    cache_salt: str | None = None
+    remote: RemotePrefill | None = None
+    trace_headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """New tokens of one sequence; the last has `finish`."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish: str | None = None  # "stop" | "length" | "abort"
+    stop_token: int | None = None
+    cached_tokens: int | None = None  # on the first output: prompt tokens found in this engine's own KV
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillJob:
+    """A prompt to compute and push."""
+
+    request_id: RequestId
+    token_ids: list[int]
+    target: PushTarget
+    cache_salt: str | None = None
+    timeout_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    running: int
+    waiting: int
+    kv_used_blocks: int
+    kv_total_blocks: int
+    held_blocks: dict[str, int] = field(default_factory=dict)  # by reason: "push", "receive", "quarantine"
+
+
+class Engine(Protocol):
+    """Lifecycle: `start` once, then anything, then `close` once. All methods run on one event loop."""
+
+    async def start(self) -> EngineInfo:
+        """Load and warm up. Raises StartError."""
+        ...
+
+    def generate(self, job: Job) -> AsyncGenerator[Output, None]:
+        """Stream one sequence. Closing the generator aborts it and frees its blocks. Raises WorkerError."""
+        ...
+
+    async def prefill(self, job: PrefillJob) -> int:
+        """Compute and push; returns own cached prompt tokens when every piece is pushed.
+
+        Raises PrefillFailed. Cancelling aborts it and releases its holds.
+        """
+        ...
+
+    def kv_events(self) -> AsyncIterator[tuple[KvEvent, ...]]:
+        """Events, one tuple an engine step, in order, from the engine's start; for a single consumer."""
+        ...
+
+    def snapshot(self) -> dict[Tier, tuple[int, ...]]:
+        """All block hashes as of the events consumed from `kv_events` so far."""
+        ...
+
+    def load(self) -> EngineLoad: ...
+
+    async def failed(self) -> str:
+        """Returns, with the reason, when the engine has died and cannot serve any more; otherwise never."""
+        ...
+
+    async def close(self) -> None:
+        """Release everything; safe to call after a failed start."""
+        ...

@@ -1,0 +1,33 @@
+"""Errors of the transfer engine.
+
+    TransferError
+    ├── PeerLost          the peer's process or link is gone
+    ├── TransferTimeout   our deadline passed
+    └── Mismatch          the two sides cannot exchange KV
+"""
+
+from __future__ import annotations
+
+
+class TransferError(Exception):
+    """A transfer failed; `cause` is a short word for metrics."""
+
+    cause = "error"
+
+
+class PeerLost(TransferError):
+    """The peer's process or link is gone."""
+
+    cause = "peer_lost"
+
+
+class TransferTimeout(TransferError):
+    """Our deadline passed while the peer was silent."""
+
+    cause = "deadline"
+
+
+class Mismatch(TransferError):
+    """The two sides cannot exchange KV; says which property differs."""
+
+    cause = "mismatch"
