@@ -142,7 +142,10 @@ class DeltaBatch(msgspec.Struct, frozen=True):
 
 
 class Cancel(msgspec.Struct, frozen=True):
+    """Stop a request, or only its sequence `index` (a text stop string ended it). Idempotent, never answered."""
+
     request_id: RequestId
+    index: int | None = None
 
 
 class RankTarget(msgspec.Struct, frozen=True):
