@@ -106,7 +106,11 @@ class EngineLoad:
 
 
 class Engine(Protocol):
-    """Lifecycle: `start` once, then anything, then `close` once. All methods run on one event loop."""
+    """Lifecycle: `prepare`, `start` once, then anything, then `close` once. All but `prepare` run on one event loop."""
+
+    def prepare(self) -> None:
+        """The work that must precede the event loop, threads and sockets, since `start` may fork. Raises StartError."""
+        ...
 
     async def start(self) -> EngineInfo:
         """Load and warm up. Raises StartError."""

@@ -186,7 +186,8 @@ class PrefillReply(msgspec.Struct, frozen=True):
 
     cached_tokens: int = 0  # prompt tokens the prefill worker found in its own KV
     seconds: float = 0.0  # from arrival to the last piece pushed
-    error: WireError | None = None
+    error: WireError | None = None  # its `kind` is the short cause of a PrefillFailed
+    traceparent: str = ""  # the prefill span, for the transfer's span to be its child
 
 
 class LoadReport(msgspec.Struct, frozen=True):
