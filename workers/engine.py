@@ -43,9 +43,18 @@ class RemotePrefill(Protocol):
         """Have the next candidate compute the prompt and push it to `target`.
 
         Returns the tokens that worker had cached, once it says everything was pushed. Raises PrefillFailed when
-        this attempt failed (the engine may open a new target and ask again while `more` is true).
-        Cancelling the call cancels the remote work.
+        this attempt failed (the engine may open a new target and ask again while `more` is true). Unless the cause
+        is "silent", the candidate will write nothing more to the target, also when it failed or was stopped.
         """
+        ...
+
+    def stop(self) -> None:
+        """The result of `ask` is not wanted any more: it then ends soon, with PrefillFailed("cancelled")."""
+        ...
+
+    @property
+    def asked(self) -> str:
+        """Incarnation of the candidate asked last."""
         ...
 
     @property
@@ -123,8 +132,13 @@ class Engine(Protocol):
     async def prefill(self, job: PrefillJob) -> int:
         """Compute and push; returns own cached prompt tokens when every piece is pushed.
 
-        Raises PrefillFailed. Cancelling aborts it and releases its holds.
+        Raises PrefillFailed. Cancelling aborts it and releases its holds; when the cancelled call has ended, nothing
+        more is written to the target.
         """
+        ...
+
+    def peer_gone(self, incarnation: str) -> None:
+        """A worker left the discovery service: nothing of it can arrive any more, its quarantine may end."""
         ...
 
     def kv_events(self) -> AsyncIterator[tuple[KvEvent, ...]]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import numpy as np
-
 from workers.errors import TransferError
 
 Memory = Literal["DRAM", "VRAM"]
@@ -43,7 +41,7 @@ class Write(Protocol):
         ...
 
     def close(self) -> None:
-        """Release it; a write still in flight is given up."""
+        """Release it; one still in flight is given up, or TransferError says that it could not be yet."""
         ...
 
 
@@ -51,7 +49,7 @@ class TransferEngine(Protocol):
     name: str  # unique: incarnation and rank
     backend: str  # for traces, e.g. "nixl/UCX"
 
-    def register(self, buffer: np.ndarray | int, size: int, memory: Memory, device: int) -> Region: ...
+    def register(self, address: int, size: int, memory: Memory, device: int) -> Region: ...
 
     def metadata(self) -> bytes:
         """What a peer needs to connect; stable after the last `register`."""

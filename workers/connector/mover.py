@@ -1,0 +1,232 @@
+"""The mover: one thread per rank that owns the transfer engine, the staging and both halves of every transfer.
+
+vLLM's own thread only leaves plans here and collects what ended, so a transfer never delays an engine step. Nothing
+else calls NIXL. While idle the thread sleeps; while transfers are open it polls.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from workers.connector.protocol import (
+    Closed,
+    Command,
+    Credit,
+    GiveUp,
+    Holds,
+    Note,
+    PeerGone,
+    Piece,
+    Reopen,
+    Report,
+    Settle,
+    StepPlan,
+    StopPush,
+)
+from workers.connector.push import Sender
+from workers.connector.receive import Receiver
+from workers.connector.staging import Staging
+from workers.transfer.engine import TransferEngine
+from workers.transfer.layout import Planes
+from workers.transfer.pack import Copier, Ready
+
+_POLL_MOVING_S = 0.0002
+_POLL_WAITING_S = 0.001
+_JOIN_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class MoverSettings:
+    """From `kv_transfer`, resolved."""
+
+    rank: int
+    staging: int  # bytes, each direction
+    piece: int  # bytes
+    window: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What vLLM is told at the end of a step."""
+
+    sent: set[str]
+    received: set[str]
+    invalid_blocks: set[int]
+
+
+class Mover:
+    """Thread-safe: `plan`, `cancel_pushes`, `command`, `ended`, `wait`, `close`."""
+
+    def __init__(
+        self, engine: TransferEngine, planes: Planes, settings: MoverSettings, report: Callable[[Report], None]
+    ) -> None:
+        slot_bytes = max(settings.piece // planes.block_bytes, 1) * planes.block_bytes
+        copier = Copier(planes)
+        self._engine, self._report, self._settings = engine, report, settings
+        self._device = planes.device
+        outgoing = Staging(engine, settings.staging, slot_bytes, planes.device)
+        incoming = Staging(engine, settings.staging, slot_bytes, planes.device)
+        self._sender = Sender(engine, outgoing, copier, settings.rank, settings.timeout_s, report)
+        self._receiver = Receiver(engine, incoming, copier, settings.rank, settings.window, report)
+        self._notes = msgspec.msgpack.Decoder(Note)
+        self._todo: deque[Callable[[], object]] = deque()
+        self._wake = threading.Condition()
+        self._lock = threading.Lock()  # held while blocks are read or written: `cancel_pushes` waits for it
+        self._ended_lock = threading.Lock()
+        self._pushing: set[str] = set()  # engine ids with a push that vLLM has not been told the end of
+        self._finished: set[str] = set()  # of these, the ones that vLLM has finished
+        self._sent: set[str] = set()
+        self._received: set[str] = set()
+        self._invalid: set[int] = set()
+        self._stopped = False
+        self._changed = threading.Event()
+        self._held: dict[str, int] = {}
+        self._thread = threading.Thread(target=self._run, name="dynamo-lite-mover", daemon=True)
+        self._thread.start()
+
+    # ---- from vLLM's thread ----
+
+    def plan(self, step: StepPlan) -> None:
+        """Take over what this step asks; its blocks are computed as of now on the current CUDA stream."""
+        if step.pushes or step.receives or step.cancelled_receives or step.cancelled_pushes:
+            with self._ended_lock:
+                self._pushing |= {push.engine_id for push in step.pushes}
+            ready = Ready(self._device)
+            self._do(lambda: self._take(step, ready))
+
+    def cancel_pushes(self, engine_ids: list[str]) -> None:
+        """Return once no block of these prompts is read any more: vLLM is about to hand them out."""
+        with self._ended_lock:
+            self._pushing -= set(engine_ids)  # vLLM has freed their blocks itself
+        with self._lock:
+            for engine_id in engine_ids:
+                self._sender.cancel(engine_id, "preempted")
+
+    def ended(self, finished: set[str]) -> Ended:
+        """What has ended since the last call. A push is only reported once vLLM has `finished` its request."""
+        with self._ended_lock:
+            self._finished |= finished & self._pushing
+            sent = self._sent & self._finished
+            self._sent -= sent
+            self._finished -= sent
+            self._pushing -= sent
+            received, self._received = self._received, set()
+            invalid, self._invalid = self._invalid, set()
+            self._changed.clear()
+        if sent:
+            self._do(lambda: [self._sender.forget(one) for one in sent])
+        return Ended(sent, received, invalid)
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until something ended: an engine with nothing to compute would otherwise spin."""
+        self._changed.wait(seconds)
+
+    # ---- from the channel's thread ----
+
+    def command(self, command: Command) -> None:
+        self._do(lambda: self._obey(command))
+
+    def close(self) -> None:
+        with self._wake:
+            self._stopped = True
+            self._wake.notify()
+        self._thread.join(timeout=_JOIN_TIMEOUT_S)
+
+    # ---- the thread ----
+
+    def _do(self, action: Callable[[], object]) -> None:
+        with self._wake:
+            self._todo.append(action)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        last = time.monotonic()
+        while True:
+            with self._wake:
+                if not self._todo and not self._stopped:
+                    self._wake.wait(self._pause())
+                if self._stopped:
+                    break
+                actions, self._todo = list(self._todo), deque()
+            now = time.monotonic()
+            with self._lock:
+                if now - last > self._settings.timeout_s and self._sender.active:
+                    # This process was frozen: receivers have given up on these pushes, and must not be written to.
+                    self._sender.fail_all("frozen")
+                for action in actions:
+                    action()
+                self._poll()
+            last = time.monotonic() if self._sender.active or self._receiver.active else now
+            self._tell_holds()
+        self._sender.fail_all("shutdown")
+        self._engine.close()
+
+    def _pause(self) -> float | None:
+        if self._sender.moving:
+            return _POLL_MOVING_S
+        return _POLL_WAITING_S if self._sender.active or self._receiver.active else None
+
+    def _poll(self) -> None:
+        if self._sender.active or self._receiver.active:
+            for note in self._engine.notifications():
+                self._note(note.peer, note.payload)
+        self._sender.progress()
+        if self._sender.fresh or self._receiver.received:
+            with self._ended_lock:
+                self._sent.update(self._sender.fresh)
+                self._received |= self._receiver.received
+                self._invalid |= self._receiver.invalid_blocks
+            self._sender.fresh.clear()
+            self._receiver.received.clear()
+            self._receiver.invalid_blocks.clear()
+            self._changed.set()
+
+    def _note(self, peer: str, payload: bytes) -> None:
+        try:
+            note: Note = self._notes.decode(payload)
+        except msgspec.MsgspecError:
+            return  # not of this protocol: a peer of another version, refused by fingerprint before it gets here
+        match note:
+            case Piece():
+                self._receiver.piece(peer, note)
+            case Credit():
+                self._sender.credit(note.transfer_id, note.slot)
+            case Closed():
+                self._receiver.closed(note.transfer_id)
+
+    def _take(self, step: StepPlan, ready: Ready) -> None:
+        for engine_id in step.cancelled_receives:
+            self._receiver.cancel(engine_id)
+        for engine_id in step.cancelled_pushes:
+            self._sender.cancel(engine_id, "cancelled")
+        for receive in step.receives:
+            self._receiver.plan(receive)
+        for push in step.pushes:
+            self._sender.step(push, ready)
+
+    def _obey(self, command: Command) -> None:
+        match command:
+            case Reopen():
+                self._receiver.reopen(command.request_id, command.transfer_id)
+            case GiveUp():
+                self._receiver.give_up(command.request_id, command.transfer_id)
+            case Settle():
+                self._receiver.settle(command.transfer_id, command.peer, command.closed)
+            case PeerGone():
+                self._receiver.peer_gone(command.incarnation)
+            case StopPush():
+                self._sender.stop(command.request_id)
+
+    def _tell_holds(self) -> None:
+        held = self._sender.holds() | self._receiver.holds()
+        if held != self._held:
+            self._held = held
+            self._report(Holds(self._settings.rank, held))
+

@@ -1,0 +1,190 @@
+"""What the connectors say: to the worker process over the control channel, to each other through vLLM's step
+metadata, and to a peer's mover in transfer notifications.
+
+Ids: `request_id` is ours (the same in every process); `engine_id` is vLLM's internal one, known inside the EngineCore only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import msgspec
+
+from dynamo_lite.plane.wire import PushTarget, RankTarget
+
+# Keys of SamplingParams.extra_args["kv_transfer_params"], set by the worker process.
+REQUEST_ID = "dynamo_lite.request_id"
+REMOTE = "dynamo_lite.remote"  # decode: a remote prefill may be asked for
+PUSH = "dynamo_lite.push"  # prefill: PushTarget, msgpack
+
+# ---- connector → worker process -------------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """First message of every connector. Rank -1 is the scheduler's; the others are workers with a transfer agent."""
+
+    rank: int
+    kv_blocks: int = 0
+    block_bytes: int = 0
+    kv_layout: str = ""
+    device: str = ""
+    backend: str = ""
+
+
+class Skipped(msgspec.Struct, frozen=True, tag="skipped"):
+    """The decode scheduler computes this prompt locally, because of `reason`."""
+
+    request_id: str
+    reason: str
+
+
+class ReceiveOpened(msgspec.Struct, frozen=True, tag="opened"):
+    """Staging is granted: a prefill worker may be asked to push to `target` (one message per rank)."""
+
+    request_id: str
+    transfer_id: int
+    rank: int
+    first_block: int
+    num_blocks: int
+    target: RankTarget
+
+
+class ReceiveEnded(msgspec.Struct, frozen=True, tag="received"):
+    """A receive has ended on one rank. `cause` is empty when every block arrived."""
+
+    request_id: str
+    transfer_id: int
+    rank: int
+    cause: str = ""
+    bytes: int = 0
+    blocks: int = 0
+    pieces: int = 0
+    started_ns: int = 0  # unix time of the first piece
+    ended_ns: int = 0
+
+
+class PushEnded(msgspec.Struct, frozen=True, tag="pushed"):
+    """A push has ended on one rank. `cause` is empty when every piece was written."""
+
+    request_id: str
+    transfer_id: int
+    rank: int
+    cause: str = ""
+
+
+class Holds(msgspec.Struct, frozen=True, tag="holds"):
+    """Blocks held on one rank, by reason; sent whenever it changes."""
+
+    rank: int
+    blocks: dict[str, int]
+
+
+Report = Hello | Skipped | ReceiveOpened | ReceiveEnded | PushEnded | Holds
+
+# ---- worker process → connector -------------------------------------------------------------------------------
+
+
+class Reopen(msgspec.Struct, frozen=True, tag="reopen"):
+    """The attempt failed; quarantine its staging and open another for the next candidate."""
+
+    request_id: str
+    transfer_id: int
+
+
+class GiveUp(msgspec.Struct, frozen=True, tag="give_up"):
+    """No candidate is left; hand the request back to the scheduler, which computes it."""
+
+    request_id: str
+    transfer_id: int
+
+
+class Settle(msgspec.Struct, frozen=True, tag="settle"):
+    """What became of the worker that was asked to push under this id.
+
+    `closed`: it has said, or its death says, that it will write nothing more; its staging may be used again.
+    Otherwise that is unknown until `PeerGone(peer)` or its own `Closed`.
+    """
+
+    transfer_id: int
+    peer: str  # incarnation
+    closed: bool
+
+
+class PeerGone(msgspec.Struct, frozen=True, tag="peer_gone"):
+    """That prefill worker's process no longer exists: nothing of it can arrive any more."""
+
+    incarnation: str
+
+
+class StopPush(msgspec.Struct, frozen=True, tag="stop_push"):
+    """The decode worker does not want this push any more."""
+
+    request_id: str
+
+
+Command = Reopen | GiveUp | Settle | PeerGone | StopPush
+
+# ---- mover → mover, in transfer notifications ------------------------------------------------------------------
+
+
+class Piece(msgspec.Struct, frozen=True, tag="piece", array_like=True):
+    """A staging slot has been filled with `count` blocks, the first being block `first` of the transfer."""
+
+    transfer_id: int
+    slot: int
+    first: int
+    count: int
+    agent: bytes = b""  # the sender's metadata, in a transfer's first piece: where credits go
+
+
+class Credit(msgspec.Struct, frozen=True, tag="credit", array_like=True):
+    """The slot has been emptied and may be written again."""
+
+    transfer_id: int
+    slot: int
+
+
+class Closed(msgspec.Struct, frozen=True, tag="closed", array_like=True):
+    """The sender has ended this transfer early and will write nothing more."""
+
+    transfer_id: int
+    cause: str
+
+
+Note = Piece | Credit | Closed
+
+# ---- scheduler → worker, through vLLM's step metadata ----------------------------------------------------------
+
+
+@dataclass(slots=True)
+class ReceivePlan:
+    """Blocks allocated on this worker for a remote prefill."""
+
+    engine_id: str
+    request_id: str
+    block_ids: list[int]  # destination, in prompt order
+    first_block: int  # index in the prompt of block_ids[0]
+    transfer_id: int  # of the first attempt; every further one adds 1. The same on all ranks
+
+
+@dataclass(slots=True)
+class PushStep:
+    """Blocks of a prompt that this step finishes and that are to be pushed."""
+
+    engine_id: str
+    request_id: str
+    target: PushTarget
+    block_ids: list[int]  # source
+    first: int  # index in the transfer of block_ids[0]
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What one engine step asks of the mover."""
+
+    receives: list[ReceivePlan] = field(default_factory=list)
+    pushes: list[PushStep] = field(default_factory=list)
+    cancelled_receives: list[str] = field(default_factory=list)  # engine ids
+    cancelled_pushes: list[str] = field(default_factory=list)  # engine ids: aborted, their blocks still theirs
+    preempted_pushes: list[str] = field(default_factory=list)  # engine ids: their blocks are about to be overwritten
+    idle: bool = False  # nothing is computed in this step

@@ -1,0 +1,245 @@
+"""The sending half of the mover: gathers blocks that are computed into pieces and writes them to the decode worker.
+
+At most one piece per granted slot is on its way; a slot is used again when the receiver credits it. Pieces of the
+earlier parts of a prompt leave while later parts still compute.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import cast
+
+import msgspec
+
+from workers.connector.protocol import Closed, Piece, PushEnded, PushStep, Report
+from workers.connector.staging import Staging
+from workers.errors import TransferError
+from workers.transfer.engine import Memory, TransferEngine, Write
+from workers.transfer.pack import Copier, Ready
+
+_STOPPED_KEPT = 4096
+_notes = msgspec.msgpack.Encoder()
+
+
+@dataclass(slots=True)
+class Flight:
+    """One piece on its way."""
+
+    write: Write
+    local_slot: int
+    count: int
+
+
+@dataclass(slots=True)
+class Push:
+    """One prompt's blocks on their way to one decode worker."""
+
+    engine_id: str
+    request_id: str
+    transfer_id: int
+    peer: str  # agent name
+    address: int
+    device: int
+    memory: Memory
+    stride: int  # bytes from one granted slot to the next index
+    piece_bytes: int  # largest piece that fits both sides' slots
+    blocks: int  # all there will be
+    free_slots: deque[int]
+    granted: frozenset[int]
+    queue: deque[tuple[int, list[int], Ready]] = field(default_factory=deque)  # first, block ids, when readable
+    flights: list[Flight] = field(default_factory=list)
+    written: int = 0
+    introduced: bool = False
+    waiting_since: float = field(default_factory=time.monotonic)  # last progress
+
+
+class Sender:
+    """Used by the mover's thread alone."""
+
+    def __init__(
+        self, engine: TransferEngine, staging: Staging, copier: Copier, rank: int, timeout_s: float,
+        report: Callable[[Report], None],
+    ) -> None:  # fmt: skip
+        self._engine, self._staging, self._copier = engine, staging, copier
+        self._rank, self._timeout_s, self._report = rank, timeout_s, report
+        self._pushes: dict[int, Push] = {}  # by transfer id
+        self._closing: list[tuple[Push, str]] = []  # failed, but a write could not be given up yet
+        self._ended: set[str] = set()  # engine ids of pushes that need their blocks no more
+        self._stopped: OrderedDict[str, None] = OrderedDict()  # request ids the receiver gave up on, the latest ones
+        self.fresh: list[str] = []  # those that ended since the mover last looked
+
+    def step(self, step: PushStep, ready: Ready) -> None:
+        """Blocks that the engine has just computed. The first step of a prompt opens the push."""
+        transfer_id = step.target.transfer_id
+        if step.request_id in self._stopped:
+            self._release(step.engine_id)
+        if step.engine_id in self._ended:
+            return  # it has failed, or was stopped, before all its steps came
+        push = self._pushes.get(transfer_id)
+        if push is None:
+            try:
+                push = self._open(step)
+            except TransferError as error:
+                self._finish(step.engine_id, step.request_id, transfer_id, error.cause)
+                return
+        if not push.queue and not push.flights:
+            push.waiting_since = time.monotonic()  # the time it took to compute is not the receiver's
+        push.queue.append((step.first, step.block_ids, ready))
+
+    def _open(self, step: PushStep) -> Push:
+        target = step.target.ranks[self._rank]
+        if target.slot_bytes < self._copier.block_bytes:
+            raise TransferError("the receiver's slots are smaller than one block")
+        push = Push(
+            step.engine_id, step.request_id, step.target.transfer_id,
+            self._engine.connect(target.agent), target.address, target.device, cast(Memory, target.memory),
+            target.slot_bytes, min(target.slot_bytes, self._staging.slot_bytes), step.target.num_blocks,
+            deque(target.slots), frozenset(target.slots),
+        )  # fmt: skip
+        self._pushes[push.transfer_id] = push
+        return push
+
+    def credit(self, transfer_id: int, slot: int) -> None:
+        push = self._pushes.get(transfer_id)
+        if push is not None and slot in push.granted and slot not in push.free_slots:
+            push.free_slots.append(slot)
+            push.waiting_since = time.monotonic()
+
+    def cancel(self, engine_id: str, cause: str) -> None:
+        for push in [one for one in self._pushes.values() if one.engine_id == engine_id]:
+            self._fail(push, cause)
+
+    def stop(self, request_id: str) -> None:
+        """The receiver does not want it any more, and may use its staging again once PushEnded was reported.
+
+        vLLM may be computing a step of it right now, so the request is remembered and its later steps are ignored.
+        """
+        self._stopped[request_id] = None
+        if len(self._stopped) > _STOPPED_KEPT:
+            self._stopped.popitem(last=False)
+        mine = [one for one in self._pushes.values() if one.request_id == request_id]
+        for push in mine:
+            self._fail(push, "cancelled")
+        if not mine and not any(push.request_id == request_id for push, _ in self._closing):
+            self._report(PushEnded(request_id, 0, self._rank, "cancelled"))
+
+    def fail_all(self, cause: str) -> None:
+        for push in list(self._pushes.values()):
+            self._fail(push, cause)
+
+    def progress(self) -> bool:
+        """Poll and post; True when anything moved."""
+        moved = self._close_failed()
+        for push in list(self._pushes.values()):
+            try:
+                moved |= self._advance(push)
+            except TransferError as error:
+                self._fail(push, error.cause)
+                moved = True
+        return moved
+
+    def _advance(self, push: Push) -> bool:
+        moved = False
+        for flight in list(push.flights):
+            if flight.write.poll() == "done":
+                flight.write.close()
+                push.flights.remove(flight)
+                push.written += flight.count
+                self._staging.give(flight.local_slot)
+                moved = True
+        while push.queue and push.free_slots and self._staging.free:
+            self._post(push)
+            moved = True
+        if push.written == push.blocks:
+            del self._pushes[push.transfer_id]
+            self._finish(push.engine_id, push.request_id, push.transfer_id, "")
+            return True
+        if moved:
+            push.waiting_since = time.monotonic()
+        elif (push.queue or push.flights) and time.monotonic() - push.waiting_since > self._timeout_s:
+            self._fail(push, "receiver_silent")
+        return moved
+
+    def _post(self, push: Push) -> None:
+        """Gather the next piece and write it to a granted slot."""
+        first, ids, ready = push.queue.popleft()
+        count = min(len(ids), max(1, push.piece_bytes // self._copier.block_bytes))
+        if count < len(ids):
+            push.queue.appendleft((first + count, ids[count:], ready))
+        (local_slot,) = self._staging.take(1)
+        remote_slot = push.free_slots.popleft()
+        size = self._copier.gather(ids[:count], self._staging.bytes_of(local_slot), ready)
+        agent = b"" if push.introduced else self._engine.metadata()
+        note = _notes.encode(Piece(push.transfer_id, remote_slot, first, count, agent))
+        try:
+            write = self._engine.write(
+                push.peer,
+                (self._staging.region, local_slot * self._staging.slot_bytes, size),
+                (push.address + remote_slot * push.stride, push.device, push.memory),
+                note,
+            )
+        except TransferError:
+            self._staging.give(local_slot)
+            raise
+        push.introduced = True
+        push.flights.append(Flight(write, local_slot, count))
+
+    def _fail(self, push: Push, cause: str) -> None:
+        """End a push early. Its blocks are free at once (writes read staging); its peer hears when nothing can come."""
+        del self._pushes[push.transfer_id]
+        self._release(push.engine_id)
+        self._closing.append((push, cause))
+        self._close_failed()
+
+    def _close_failed(self) -> bool:
+        """Give up the writes of failed pushes; once all of a push's are, tell its receiver and the worker process."""
+        moved = False
+        for push, cause in list(self._closing):
+            for flight in list(push.flights):
+                try:
+                    flight.write.close()
+                except TransferError:
+                    continue  # still NIXL's; tried again at the next call
+                push.flights.remove(flight)
+                self._staging.give(flight.local_slot)
+                moved = True
+            if not push.flights:
+                self._closing.remove((push, cause))
+                self._say_closed(push, cause)
+                self._finish(push.engine_id, push.request_id, push.transfer_id, cause)
+                moved = True
+        return moved
+
+    def _say_closed(self, push: Push, cause: str) -> None:
+        try:
+            self._engine.notify(push.peer, _notes.encode(Closed(push.transfer_id, cause)))
+        except TransferError:
+            return  # the receiver is gone, and with it what it would have done with this
+
+    def _finish(self, engine_id: str, request_id: str, transfer_id: int, cause: str) -> None:
+        self._release(engine_id)
+        self._report(PushEnded(request_id, transfer_id, self._rank, cause))
+
+    @property
+    def active(self) -> bool:
+        return bool(self._pushes or self._closing)
+
+    @property
+    def moving(self) -> bool:
+        """Something is being written, not merely computed."""
+        return bool(self._closing) or any(push.flights or push.queue for push in self._pushes.values())
+
+    def _release(self, engine_id: str) -> None:
+        if engine_id not in self._ended:
+            self._ended.add(engine_id)
+            self.fresh.append(engine_id)
+
+    def forget(self, engine_id: str) -> None:
+        """vLLM has freed the prompt: no further step of it can come."""
+        self._ended.discard(engine_id)
+
+    def holds(self) -> dict[str, int]:
+        return {"push": sum(push.blocks - push.written for push in self._pushes.values())}

@@ -1,0 +1,234 @@
+"""The receiving half of the mover: grants staging to a prefill worker, scatters the pieces that arrive.
+
+A receive waits for staging → is opened (the worker process is told, and asks a prefill worker) → collects pieces →
+ends. One that ends early leaves its slots in quarantine until its sender has closed it or is known to be gone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import msgspec
+
+from dynamo_lite.plane.wire import RankTarget
+from workers.connector.protocol import Credit, Piece, ReceiveEnded, ReceiveOpened, ReceivePlan, Report
+from workers.connector.staging import Staging
+from workers.errors import TransferError
+from workers.transfer.engine import TransferEngine
+from workers.transfer.pack import Copier
+
+_notes = msgspec.msgpack.Encoder()
+
+
+@dataclass(slots=True)
+class Receive:
+    """One attempt at one request's blocks."""
+
+    plan: ReceivePlan
+    transfer_id: int
+    slots: tuple[int, ...]
+    arrived: set[int] = field(default_factory=set)  # indices of blocks that were scattered
+    sender: str = ""  # agent name, from the first piece
+    pieces: int = 0
+    started_ns: int = 0
+
+
+@dataclass(slots=True)
+class Quarantine:
+    """Slots of a transfer that ended early; someone may still write to them."""
+
+    slots: tuple[int, ...]
+    peer: str = ""  # incarnation of the sender, once known
+
+
+class Receiver:
+    """Used by the mover's thread alone."""
+
+    def __init__(
+        self, engine: TransferEngine, staging: Staging, copier: Copier, rank: int, window: int,
+        report: Callable[[Report], None],
+    ) -> None:  # fmt: skip
+        self._engine, self._staging, self._copier = engine, staging, copier
+        self._rank, self._window, self._report = rank, window, report
+        self._waiting: deque[ReceivePlan] = deque()
+        self._open: dict[int, Receive] = {}  # by transfer id
+        self._by_request: dict[str, int] = {}
+        self._quarantine: dict[int, Quarantine] = {}
+        self._settled: dict[int, tuple[str, bool]] = {}  # said before the transfer ended here
+        self.received: set[str] = set()  # engine ids, for vLLM
+        self.invalid_blocks: set[int] = set()
+
+    # ---- asked by the scheduler and the worker process ----
+
+    def plan(self, plan: ReceivePlan) -> None:
+        self._waiting.append(plan)
+        self._open_waiting()
+
+    def cancel(self, engine_id: str) -> None:
+        """The request was aborted: release its blocks now."""
+        for plan in [plan for plan in self._waiting if plan.engine_id == engine_id]:
+            self._waiting.remove(plan)
+            self.received.add(engine_id)
+        for receive in [one for one in self._open.values() if one.plan.engine_id == engine_id]:
+            self._end(receive, "cancelled")
+            self.received.add(engine_id)
+
+    def reopen(self, request_id: str, transfer_id: int) -> None:
+        receive = self._current(request_id, transfer_id)
+        if receive is not None:
+            self._end(receive, "retried")
+            self._waiting.appendleft(replace(receive.plan, transfer_id=transfer_id + 1))
+            self._open_waiting()
+
+    def give_up(self, request_id: str, transfer_id: int) -> None:
+        receive = self._current(request_id, transfer_id)
+        if receive is not None:
+            self._end(receive, "given up")
+            # All of them: vLLM recomputes from the first invalid block on.
+            self.invalid_blocks.update(receive.plan.block_ids)
+            self.received.add(receive.plan.engine_id)
+
+    def settle(self, transfer_id: int, peer: str, closed: bool) -> None:
+        quarantine = self._quarantine.get(transfer_id)
+        if quarantine is None:
+            if transfer_id in self._open:
+                self._settled[transfer_id] = (peer, closed)
+        elif closed:
+            self.closed(transfer_id)
+        else:
+            quarantine.peer = peer
+
+    def closed(self, transfer_id: int) -> None:
+        """The sender will write nothing more under this id."""
+        if transfer_id in self._open:
+            self._settled[transfer_id] = ("", True)
+        quarantine = self._quarantine.pop(transfer_id, None)
+        if quarantine is not None:
+            self._staging.give(*quarantine.slots)
+            self._open_waiting()
+
+    def peer_gone(self, incarnation: str) -> None:
+        for transfer_id in [key for key, value in self._quarantine.items() if value.peer == incarnation]:
+            self.closed(transfer_id)
+
+    # ---- pieces ----
+
+    def piece(self, sender: str, piece: Piece) -> None:
+        """Scatter one piece; ignore what is of another generation or out of bounds."""
+        receive = self._open.get(piece.transfer_id)
+        if receive is None or piece.slot not in receive.slots:
+            return
+        total = len(receive.plan.block_ids)
+        if not (0 <= piece.first and 0 < piece.count and piece.first + piece.count <= total):
+            return
+        if not receive.pieces:
+            receive.started_ns = time.time_ns()
+        if piece.agent:
+            receive.sender = self._engine.connect(piece.agent)
+        receive.pieces += 1
+        ids = receive.plan.block_ids[piece.first : piece.first + piece.count]
+        self._copier.scatter(ids, self._staging.bytes_of(piece.slot))
+        receive.arrived.update(range(piece.first, piece.first + piece.count))
+        if len(receive.arrived) == total:
+            self._finish(receive)
+        elif receive.sender:
+            self._credit(receive, piece.slot)
+
+    def _credit(self, receive: Receive, slot: int) -> None:
+        try:
+            self._engine.notify(receive.sender, _notes.encode(Credit(receive.transfer_id, slot)))
+        except TransferError:
+            receive.sender = ""  # the worker process learns of the loss from the unanswered prefill request
+
+    def _finish(self, receive: Receive) -> None:
+        """Every block is here, so the sender has nothing left to write."""
+        self._forget(receive)
+        self._staging.give(*receive.slots)
+        self.received.add(receive.plan.engine_id)
+        blocks = len(receive.plan.block_ids)
+        self._report(
+            ReceiveEnded(
+                receive.plan.request_id, receive.transfer_id, self._rank,
+                bytes=blocks * self._copier.block_bytes, blocks=blocks, pieces=receive.pieces,
+                started_ns=receive.started_ns, ended_ns=time.time_ns(),
+            )
+        )  # fmt: skip
+        self._open_waiting()
+
+    # ---- opening and ending ----
+
+    def _open_waiting(self) -> None:
+        """Grant staging in order of arrival; a receive that has to wait keeps those behind it waiting too."""
+        while self._waiting:
+            plan = self._waiting[0]
+            per_slot = max(1, self._staging.slot_bytes // self._copier.block_bytes)
+            wanted = min(self._window, -(-len(plan.block_ids) // per_slot), self._staging.count)
+            slots = self._staging.take(min(wanted, max(1, self._staging.free)))
+            if not slots:
+                return
+            self._waiting.popleft()
+            receive = Receive(plan, plan.transfer_id, slots)
+            self._open[receive.transfer_id] = receive
+            self._by_request[plan.request_id] = receive.transfer_id
+            self._report(
+                ReceiveOpened(
+                    plan.request_id, receive.transfer_id, self._rank,
+                    plan.first_block, len(plan.block_ids), self._target(slots),
+                )
+            )  # fmt: skip
+
+    def _target(self, slots: tuple[int, ...]) -> RankTarget:
+        region = self._staging.region
+        return RankTarget(
+            agent=self._engine.metadata(),
+            agent_name=self._engine.name,
+            address=region.address,
+            device=region.device,
+            memory=region.memory,
+            slot_bytes=self._staging.slot_bytes,
+            slots=slots,
+        )
+
+    def _end(self, receive: Receive, cause: str) -> None:
+        """End an attempt early: its slots go into quarantine, unless its sender is known to have closed it."""
+        self._forget(receive)
+        peer, closed = self._settled.pop(receive.transfer_id, ("", False))
+        if closed:
+            self._staging.give(*receive.slots)
+        else:
+            self._quarantine[receive.transfer_id] = Quarantine(receive.slots, peer)
+        self._report(ReceiveEnded(receive.plan.request_id, receive.transfer_id, self._rank, cause))
+
+    def _forget(self, receive: Receive) -> None:
+        del self._open[receive.transfer_id]
+        self._by_request.pop(receive.plan.request_id, None)
+
+    def _current(self, request_id: str, transfer_id: int) -> Receive | None:
+        if self._by_request.get(request_id) != transfer_id:
+            return None
+        return self._open.get(transfer_id)
+
+    # ---- state ----
+
+    @property
+    def active(self) -> bool:
+        return bool(self._open or self._quarantine)
+
+    def holds(self) -> dict[str, int]:
+        """Blocks waiting for their content, and staging slots in quarantine."""
+        waiting = sum(len(plan.block_ids) for plan in self._waiting)
+        return {
+            "receive": waiting + sum(len(one.plan.block_ids) for one in self._open.values()),
+            "quarantine": sum(len(one.slots) for one in self._quarantine.values()),
+        }
+
+    def check(self) -> None:
+        """Every slot is free, granted or quarantined, exactly once."""
+        granted = sum(len(one.slots) for one in self._open.values())
+        quarantined = sum(len(one.slots) for one in self._quarantine.values())
+        assert self._staging.free + granted + quarantined == self._staging.count
+        assert set(self._by_request.values()) == set(self._open)
+

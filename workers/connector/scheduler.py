@@ -1,0 +1,153 @@
+"""The scheduler's half of the connector: decides what is asked of a remote prefill, and what a step pushes."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request
+
+from dynamo_lite.plane.wire import PushTarget
+from workers.connector.protocol import (
+    PUSH,
+    REMOTE,
+    REQUEST_ID,
+    PushStep,
+    ReceivePlan,
+    Report,
+    Skipped,
+    StepPlan,
+)
+
+
+@dataclass(slots=True)
+class PushProgress:
+    """A prompt being computed here for a decode worker."""
+
+    request_id: str
+    target: PushTarget
+    prompt_tokens: int
+    block_ids: list[int] = field(default_factory=list)
+    handed_over: int = 0  # blocks of the prompt given to the mover
+
+
+class SchedulerSide:
+    """One per engine, in the EngineCore; called by vLLM's scheduler, never concurrently."""
+
+    def __init__(self, block_size: int, min_remote_tokens: int, report: Callable[[Report], None]) -> None:
+        self._block_size = block_size
+        self._min_remote_tokens = min_remote_tokens
+        self._report = report
+        self._plan = StepPlan()
+        self._decided: set[str] = set()  # decode requests whose prompt has been dealt with: never asked twice
+        self._computed: dict[str, int] = {}  # tokens found on the device, of requests not yet decided
+        self._receiving: set[str] = set()
+        self._pushes: dict[str, PushProgress] = {}
+
+    # ---- decode ----
+
+    def remote_tokens(self, request: Request, computed: int) -> int:
+        """Tokens to ask a prefill worker for, `computed` being on the device already; 0 computes here."""
+        params = request.kv_transfer_params or {}
+        if not params.get(REMOTE) or request.request_id in self._decided:
+            return 0
+        self._computed[request.request_id] = computed
+        missing = request.num_prompt_tokens - computed
+        return missing if missing >= self._min_remote_tokens else 0
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
+        """vLLM has allocated the request's blocks; `external` tokens of them are to be received."""
+        params = request.kv_transfer_params or {}
+        if not params.get(REMOTE) or request.request_id in self._decided:
+            return
+        self._decided.add(request.request_id)
+        computed = self._computed.pop(request.request_id, 0)
+        if not external:
+            self._report(Skipped(params[REQUEST_ID], "prefix hit" if computed else "short"))
+            return
+        first = (request.num_prompt_tokens - external) // self._block_size
+        last = -(-request.num_prompt_tokens // self._block_size)
+        (block_ids,) = blocks.get_block_ids()
+        self._receiving.add(request.request_id)
+        self._plan.receives.append(
+            ReceivePlan(
+                request.request_id, params[REQUEST_ID], list(block_ids[first:last]), first, _new_transfer_id()
+            )
+        )
+
+    # ---- prefill ----
+
+    def arrived(self, request: Request) -> None:
+        packed = (request.kv_transfer_params or {}).get(PUSH)
+        if packed is not None:
+            target = msgspec.msgpack.decode(packed, type=PushTarget)
+            request_id = request.kv_transfer_params[REQUEST_ID]
+            self._pushes[request.request_id] = PushProgress(request_id, target, request.num_prompt_tokens)
+
+    def _step(self, engine_id: str, computed: int) -> None:
+        """Blocks of the prompt that are complete once `computed` tokens are, and are wanted."""
+        push = self._pushes[engine_id]
+        done = min(computed, push.prompt_tokens)
+        whole = done == push.prompt_tokens  # then its last, partial block goes too
+        ready = -(-done // self._block_size) if whole else done // self._block_size
+        first = max(push.handed_over, push.target.first_block)
+        if ready > first:
+            self._plan.pushes.append(
+                PushStep(
+                    engine_id, push.request_id, push.target,
+                    push.block_ids[first:ready], first - push.target.first_block,
+                )
+            )  # fmt: skip
+            push.handed_over = ready
+
+    # ---- every step ----
+
+    def plan(self, output: SchedulerOutput) -> StepPlan:
+        """What the workers are to do beside this step."""
+        for new in output.scheduled_new_reqs:
+            if new.req_id in self._pushes:
+                self._pushes[new.req_id].block_ids = list(new.block_ids[0])
+                self._step(new.req_id, new.num_computed_tokens + output.num_scheduled_tokens[new.req_id])
+        cached = output.scheduled_cached_reqs
+        for index, engine_id in enumerate(cached.req_ids):
+            if engine_id not in self._pushes:
+                continue
+            fresh = cached.new_block_ids[index]
+            if fresh is not None:
+                self._pushes[engine_id].block_ids.extend(fresh[0])
+            self._step(engine_id, cached.num_computed_tokens[index] + output.num_scheduled_tokens[engine_id])
+        self._drop_preempted(output.preempted_req_ids or set())
+        plan, self._plan = self._plan, StepPlan()
+        plan.idle = output.total_num_scheduled_tokens == 0
+        return plan
+
+    def _drop_preempted(self, preempted: set[str]) -> None:
+        """A preempted prompt's blocks are given away: its push fails, and the decode worker turns elsewhere."""
+        for engine_id in preempted & self._pushes.keys():
+            if self._pushes.pop(engine_id).handed_over:
+                self._plan.preempted_pushes.append(engine_id)
+
+    def finished(self, request: Request) -> bool:
+        """vLLM is done with the request; True when its blocks must stay until the mover reports them sent."""
+        engine_id = request.request_id
+        self._decided.discard(engine_id)
+        self._computed.pop(engine_id, None)
+        if engine_id in self._receiving:
+            self._receiving.discard(engine_id)
+            if not request.num_output_tokens:
+                self._plan.cancelled_receives.append(engine_id)
+        push = self._pushes.pop(engine_id, None)
+        if push is None or not push.handed_over:
+            return False
+        if push.handed_over < push.target.first_block + push.target.num_blocks:
+            self._plan.cancelled_pushes.append(engine_id)
+        return True
+
+
+def _new_transfer_id() -> int:
+    """Random, with room for the attempts that follow to count up from it, within msgpack's signed 64 bits."""
+    return secrets.randbits(55) << 8

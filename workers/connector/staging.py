@@ -1,0 +1,43 @@
+"""Registered staging memory, cut into slots: pieces are gathered into it, written to it and scattered from it.
+
+Peers write into staging only, never into a model's KV blocks, so a piece that arrives too late can at worst meet a
+slot that is still quarantined.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from workers.transfer.engine import Memory, TransferEngine
+
+
+class Staging:
+    """`size // slot_bytes` slots (at least one) on `device`. Used by the mover's thread alone."""
+
+    def __init__(self, engine: TransferEngine, size: int, slot_bytes: int, device: torch.device) -> None:
+        self.slot_bytes = slot_bytes
+        self.count = max(1, size // slot_bytes)
+        self._memory = torch.zeros(self.count * slot_bytes, dtype=torch.uint8, device=device)
+        kind: Memory = "DRAM" if device.type == "cpu" else "VRAM"
+        self.region = engine.register(
+            self._memory.data_ptr(), self._memory.numel(), kind, 0 if device.type == "cpu" else device.index or 0
+        )
+        self._free = list(range(self.count))
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> tuple[int, ...]:
+        """That many slots, or none at all when fewer are free."""
+        if count > len(self._free):
+            return ()
+        taken, self._free = self._free[:count], self._free[count:]
+        return tuple(taken)
+
+    def give(self, *slots: int) -> None:
+        self._free.extend(slots)
+        assert len(set(self._free)) == len(self._free) <= self.count, "a slot was given back twice"
+
+    def bytes_of(self, slot: int) -> torch.Tensor:
+        return self._memory[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]

@@ -1,0 +1,72 @@
+"""The worker's half of the connector: one per tensor-parallel rank, beside the model. It feeds the mover."""
+
+from __future__ import annotations
+
+import torch
+
+from workers.connector.channel import ConnectorEnd
+from workers.connector.mover import Ended, Mover, MoverSettings
+from workers.connector.protocol import Hello, StepPlan
+from workers.transfer.layout import planes_of
+from workers.transfer.nixl import NixlEngine
+
+# How long an engine with nothing to compute sleeps in a step, unless a transfer ends; it would spin otherwise.
+_IDLE_STEP_S = 0.002
+
+
+class WorkerSide:
+    """Called by vLLM's model runner, on its one thread."""
+
+    def __init__(self, name: str, settings: MoverSettings, threads: int, channel: ConnectorEnd) -> None:
+        """`name` is the transfer agent's: incarnation and rank."""
+        self._name, self._settings, self._threads, self._channel = name, settings, threads, channel
+        self._mover: Mover | None = None
+        self._plan = StepPlan()
+        self._invalid: set[int] = set()
+
+    def register(self, kv_caches: dict[str, torch.Tensor], num_blocks: int) -> None:
+        """The engine's KV memory exists: start the transfer engine and say hello. Raises Mismatch, TransferError."""
+        planes = planes_of(kv_caches, num_blocks)
+        engine = NixlEngine(self._name, self._threads)
+        self._mover = Mover(engine, planes, self._settings, self._channel.report)
+        self._channel.listen(self._mover.command, self._mover.close)
+        self._channel.report(
+            Hello(
+                rank=self._settings.rank,
+                kv_blocks=num_blocks,
+                block_bytes=planes.block_bytes,
+                kv_layout=planes.layout,
+                device=planes.device.type,
+                backend=engine.backend,
+            )
+        )
+
+    def bind(self, plan: StepPlan) -> None:
+        self._plan = plan
+
+    def before_forward(self, plan: StepPlan) -> None:
+        """Blocks of preempted prompts are about to be overwritten by this step."""
+        if self._mover is not None and plan.preempted_pushes:
+            self._mover.cancel_pushes(plan.preempted_pushes)
+
+    def after_forward(self) -> None:
+        if self._mover is not None:
+            self._mover.plan(self._plan)
+
+    def ended(self, finished: set[str]) -> Ended:
+        if self._mover is None:
+            return Ended(set(), set(), set())
+        if self._plan.idle:
+            self._mover.wait(_IDLE_STEP_S)
+        ended = self._mover.ended(finished)
+        self._invalid |= ended.invalid_blocks
+        return ended
+
+    def take_invalid_blocks(self) -> set[int]:
+        invalid, self._invalid = self._invalid, set()
+        return invalid
+
+    def close(self) -> None:
+        if self._mover is not None:
+            self._mover.close()
+        self._channel.close()
