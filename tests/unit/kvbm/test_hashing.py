@@ -45,9 +45,7 @@ def test_hashes_equal_the_definition_written_with_cbor2(
 ) -> None:
     expected = defined_hashes(ids, size, salt, lora)
     assert full_block_hashes(ids, size, salt, lora) == expected
-    assert block_hashes(ids, size, salt, lora) == [
-        int.from_bytes(full, "big") & (2**64 - 1) for full in expected
-    ]
+    assert block_hashes(ids, size, salt, lora) == [int.from_bytes(full, "big") & (2**64 - 1) for full in expected]
 
 
 def test_an_array_over_65535_tokens_has_a_four_byte_length() -> None:
