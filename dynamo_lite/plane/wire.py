@@ -12,9 +12,11 @@ from typing import NewType, TypeVar
 
 import msgspec
 
-from dynamo_lite.errors import ProtocolMismatch
+from dynamo_lite import errors
+from dynamo_lite.errors import DynamoError, ProtocolMismatch
 
 PROTOCOL = 1
+Scalar = str | int | float
 
 Incarnation = NewType("Incarnation", str)  # uuid4 hex, new at every start of a worker process
 FrontendId = NewType("FrontendId", str)  # uuid4 hex of one frontend process
@@ -113,11 +115,30 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class WireError(msgspec.Struct, frozen=True):
-    """A DynamoError as it travels."""
+    """A DynamoError as it travels: `exception()` at the other end is of the same class with its fields."""
 
     kind: str
     status: int
     message: str
+    name: str = ""  # of the class in dynamo_lite.errors
+    fields: dict[str, Scalar | None] = {}
+
+    @classmethod
+    def of(cls, error: Exception) -> WireError:
+        """Any exception that is no DynamoError is an internal error to the other side."""
+        if not isinstance(error, DynamoError):
+            return cls("internal_error", 500, f"{type(error).__name__}: {error}")
+        fields = {name: value for name, value in vars(error).items() if isinstance(value, Scalar | None)}
+        return cls(error.kind, error.status, str(error), type(error).__name__, fields)
+
+    def exception(self) -> DynamoError:
+        """The error to raise; a class this process does not know is a plain DynamoError."""
+        found = getattr(errors, self.name, None)
+        kind = found if isinstance(found, type) and issubclass(found, DynamoError) else DynamoError
+        error: DynamoError = kind.__new__(kind)  # past the constructors, which differ; the fields say all
+        Exception.__init__(error, self.message)
+        vars(error).update(self.fields)
+        return error
 
 
 class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -128,7 +149,9 @@ class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
     token_ids: list[int] = []
     logprobs: list[TokenLogprob] | None = None  # one per token, when asked for
     finish: str | None = None  # "stop" | "length" | "abort"
-    stop_token: int | None = None  # the id in Sampling.stop_token_ids that ended it; it is the last of token_ids
+    stop_token: int | None = (
+        None  # the id in Sampling.stop_token_ids that ended it; it is the last of token_ids
+    )
     cached_tokens: int | None = None  # on the first delta of index 0: prompt tokens found in this worker's KV
     error: WireError | None = None
 
@@ -186,7 +209,7 @@ class PrefillReply(msgspec.Struct, frozen=True):
 
     cached_tokens: int = 0  # prompt tokens the prefill worker found in its own KV
     seconds: float = 0.0  # from arrival to the last piece pushed
-    error: WireError | None = None  # its `kind` is the short cause of a PrefillFailed
+    error: WireError | None = None  # a PrefillFailed
     traceparent: str = ""  # the prefill span, for the transfer's span to be its child
 
 
@@ -229,7 +252,9 @@ def decode(data: bytes, kind: type[T]) -> T:
     """Raises ProtocolMismatch when the version differs or the content is not a `kind`."""
     if not data or data[0] != PROTOCOL:
         found = data[0] if data else "an empty message"
-        raise ProtocolMismatch(f"protocol {found} received for {kind.__name__}; this process speaks {PROTOCOL}")
+        raise ProtocolMismatch(
+            f"protocol {found} received for {kind.__name__}; this process speaks {PROTOCOL}"
+        )
     decoder = _decoders.get(kind)
     if decoder is None:
         decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
