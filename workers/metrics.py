@@ -1,0 +1,80 @@
+"""A worker's Prometheus metrics; under vLLM's own names where those exist and vLLM itself does not export them."""
+
+from __future__ import annotations
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+from dynamo_lite.plane.wire import Role
+from workers.engine import EngineLoad, TransferReport
+
+_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+class WorkerMetrics:
+    """What every worker counts, whatever its engine."""
+
+    def __init__(self, role: Role, registry: CollectorRegistry = REGISTRY) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"dynamo_lite_worker_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"dynamo_lite_worker_{name}", text, labels, registry=registry)
+
+        self._role = role
+        self._requests = counter("requests", "Requests ended, by role and outcome", "role", "outcome")
+        self.remote_prefills = counter("remote_prefills", "Remote prefill attempts, by outcome", "outcome")
+        self.prompts = counter("prompts", "Prompts, by how they were computed", "reason")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests")
+        self.generated_tokens = counter("generated_tokens", "Tokens generated")
+        self.hit_blocks = counter("hit_blocks", "Prompt blocks found in this worker's own KV")
+        self.transfer_bytes = counter("transfer_bytes", "KV bytes received from prefill workers")
+        self.transfer_seconds = Histogram(
+            "dynamo_lite_worker_transfer_seconds",
+            "From a transfer's first piece to its last",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.failures = counter("failures", "Failed requests and prefills, by cause", "cause")
+        self.delta_batches = counter("delta_batches", "Messages of token deltas sent to frontends")
+        self.running = gauge("running", "Sequences in the engine's batch")
+        self.waiting = gauge("waiting", "Sequences queued in the engine")
+        self.kv_used = gauge("kv_used_blocks", "Device KV blocks in use by sequences or holds")
+        self.held_blocks = gauge("held_blocks", "Blocks held for a peer, by reason", "reason")
+        self._hold_reasons: set[str] = set()
+
+    def ended(self, outcome: str) -> None:
+        self._requests.labels(self._role.value, outcome).inc()
+
+    def arrived(self, report: TransferReport) -> None:
+        self.transfer_bytes.inc(report.bytes)
+        self.transfer_seconds.observe((report.ended_ns - report.started_ns) / 1e9)
+
+    def loaded(self, load: EngineLoad) -> None:
+        self.running.set(load.running)
+        self.waiting.set(load.waiting)
+        self.kv_used.set(load.kv_used_blocks)
+        self._hold_reasons.update(load.held_blocks)
+        for reason in self._hold_reasons:
+            self.held_blocks.labels(reason).set(load.held_blocks.get(reason, 0))
+
+
+class SimMetrics:
+    """What vLLM exports itself, under vLLM's names, for the simulated engine."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self.kv_usage = Gauge("vllm:kv_cache_usage_perc", "KV-cache usage; 1 means 100 percent", registry=registry)
+        self.running = Gauge("vllm:num_requests_running", "Requests in the batch", registry=registry)
+        self.waiting = Gauge("vllm:num_requests_waiting", "Requests waiting", registry=registry)
+        self.preemptions = Counter("vllm:num_preemptions", "Preemptions", registry=registry)
+        self.prompt_source = Counter(
+            "vllm:prompt_tokens_by_source", "Prompt tokens by where their KV came from", ["source"], registry=registry
+        )
+        self.time_to_first_token = Histogram(
+            "vllm:time_to_first_token_seconds", "Time to first token", buckets=_SECONDS, registry=registry
+        )
+        self.inter_token_latency = Histogram(
+            "vllm:inter_token_latency_seconds", "Time between tokens", buckets=_TOKEN_SECONDS, registry=registry
+        )
+        for source in ("local_compute", "local_cache_hit", "external_kv_transfer"):
+            self.prompt_source.labels(source)

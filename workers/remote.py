@@ -1,0 +1,168 @@
+"""A decode worker's remote prefills: candidates asked one after the other over NATS."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dynamo_lite.errors import DynamoError, NoResponders, PlaneError, PrefillFailed, ProtocolMismatch
+from dynamo_lite.plane.bus import Bus
+from dynamo_lite.plane.wire import (
+    Cancel,
+    Incarnation,
+    PrefillReply,
+    PrefillRequest,
+    PushTarget,
+    RequestId,
+    Subjects,
+    decode,
+    encode,
+)
+from dynamo_lite.telemetry import AttributeValue, record_span
+from workers.engine import TransferReport
+from workers.metrics import WorkerMetrics
+
+log = logging.getLogger(__name__)
+
+_CANCEL_DEADLINE_S = 1.0
+
+# How a prompt came to be computed: the `reason` of the decode span and of the `prompts` metric.
+REMOTE = "remote"
+NO_CANDIDATES = "no candidates"
+PREFILL_FAILED = "prefill failed"
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPlane:
+    """What every remote prefill of this worker uses."""
+
+    bus: Bus
+    subjects: Subjects
+    metrics: WorkerMetrics
+    group: asyncio.TaskGroup
+    silence_s: float  # longest silence of a prefill worker
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One sequence's prompt, as the prefill workers are asked for it."""
+
+    request_id: RequestId
+    token_ids: list[int]
+    cache_salt: str | None
+    traceparent: str  # of the decode span
+    deadline: float  # on the event loop's clock
+
+
+class CandidatePrefill:
+    """`RemotePrefill` of one sequence: each `ask` takes the next candidate, best first.
+
+    A candidate's reply is also its word that it writes nothing more, so a stopped or overdue attempt waits for that
+    reply, as long as the candidate shows life. Only then has a failure another cause than "silent".
+    """
+
+    def __init__(self, plane: PrefillPlane, prompt: Prompt, candidates: Sequence[Incarnation]) -> None:
+        self._plane, self._prompt = plane, prompt
+        self._left = deque(candidates)
+        self._asked: Incarnation | None = None
+        self._asking = False
+        self._span = prompt.traceparent  # parent of the transfer's span: the prefill span once it is known
+        self.reason = NO_CANDIDATES
+
+    @property
+    def more(self) -> bool:
+        return bool(self._left)
+
+    @property
+    def asked(self) -> str:
+        return self._asked or ""
+
+    async def ask(self, target: PushTarget) -> int:
+        worker = self._asked = self._left.popleft()
+        self.reason = PREFILL_FAILED  # until it succeeds
+        outcome, self._asking = "cancelled", True
+        try:
+            reply = await self._call(worker, target)
+            outcome = "ok"
+        except PrefillFailed as error:
+            outcome = error.cause
+            log.warning("%s: prefill worker %s: %s", self._prompt.request_id, worker, error)
+            raise
+        finally:
+            self._asking = False
+            self._plane.metrics.remote_prefills.labels(outcome).inc()
+            if outcome in ("silent", "cancelled"):
+                await self._cancel(worker)  # one that is only frozen drops the request when it wakes up
+        self.reason = REMOTE
+        self._span = reply.traceparent or self._span
+        return reply.cached_tokens
+
+    def stop(self) -> None:
+        self._left.clear()
+        if self._asking and self._asked is not None:
+            self._plane.group.create_task(self._cancel(self._asked))
+
+    def skipped(self, reason: str) -> None:
+        self.reason = reason
+
+    def transferred(self, report: TransferReport) -> None:
+        self._plane.metrics.arrived(report)
+        attributes: dict[str, AttributeValue] = {
+            "bytes": report.bytes,
+            "blocks": report.blocks,
+            "pieces": report.pieces,
+            "backend": report.backend,
+            "seconds": (report.ended_ns - report.started_ns) / 1e9,
+        }
+        record_span("kv.transfer", self._span, report.started_ns, report.ended_ns, attributes)
+
+    async def _call(self, worker: Incarnation, target: PushTarget) -> PrefillReply:
+        """The reply of one candidate; every failure is a PrefillFailed."""
+        plane = self._plane
+        left_s = self._prompt.deadline - asyncio.get_running_loop().time()
+        if left_s <= 0:
+            raise PrefillFailed("deadline", "the request's time is up")
+        try:
+            data = await plane.bus.call(
+                plane.subjects.prefill(worker),
+                encode(self._request(target, left_s)),
+                timeout_s=left_s + plane.silence_s,  # it keeps the deadline itself, and says so
+                probe=plane.subjects.ping(worker),
+                silence_s=plane.silence_s,
+            )
+            reply = decode(data, PrefillReply)
+            if reply.error is not None:
+                raise reply.error.exception()
+        except NoResponders as error:
+            raise PrefillFailed("gone", str(error)) from error
+        except ProtocolMismatch as error:
+            raise PrefillFailed("protocol", str(error)) from error
+        except PlaneError as error:  # no answer: it may still be writing
+            raise PrefillFailed("silent", str(error)) from error
+        except PrefillFailed:
+            raise
+        except DynamoError as error:
+            raise PrefillFailed(error.kind, str(error)) from error
+        return reply
+
+    def _request(self, target: PushTarget, left_s: float) -> PrefillRequest:
+        prompt = self._prompt
+        return PrefillRequest(
+            prompt.request_id,
+            prompt.token_ids,
+            target,
+            prompt.cache_salt,
+            max(1, int(left_s * 1000)),
+            prompt.traceparent,
+        )
+
+    async def _cancel(self, worker: Incarnation) -> None:
+        try:
+            async with asyncio.timeout(_CANCEL_DEADLINE_S):
+                subject = self._plane.subjects.cancel(worker)
+                await self._plane.bus.publish(subject, encode(Cancel(self._prompt.request_id)))
+        except (PlaneError, TimeoutError) as error:
+            log.warning("%s: cannot cancel the prefill at %s: %s", self._prompt.request_id, worker, error)

@@ -1,0 +1,296 @@
+"""The simulated engine: no model and no torch, yet the batching, blocks, events, transfers and failures of one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import contextmanager
+
+from prometheus_client import REGISTRY, CollectorRegistry
+
+from dynamo_lite.config import ProcessSpec
+from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerError
+from dynamo_lite.plane.wire import Fingerprint, Incarnation, PushTarget, Role, Sampling
+from kvbm.events import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent, Tier
+from kvbm.pool import BlockPool
+from workers.engine import EngineInfo, EngineLoad, Job, Output, PrefillJob, RemotePrefill, TransferReport
+from workers.metrics import SimMetrics
+from workers.sim_pace import Pace
+from workers.sim_scheduler import Scheduler, Sequence, Step
+from workers.sim_tokens import ModelShape, Sampler
+
+log = logging.getLogger(__name__)
+
+BACKEND = "sim"
+_PROMPT_ONLY = Sampling(max_tokens=1)
+
+# None: the sequence has its blocks and waits for somebody else to compute its prompt.
+Inbox = asyncio.Queue[Output | WorkerError | None]
+
+
+class SimEngine:
+    """Implements `workers.engine.Engine`."""
+
+    def __init__(
+        self, spec: ProcessSpec, role: Role, incarnation: Incarnation, registry: CollectorRegistry = REGISTRY
+    ) -> None:
+        self._spec, self._role, self._incarnation, self._registry = spec, role, incarnation, registry
+        sim = spec.config.sim
+        self._block_size = spec.config.block_size or sim.block_size
+        self._pool = BlockPool(sim.kv_blocks)
+        group = getattr(spec.config.workers, role.value)
+        self._max_num_seqs = group.max_num_seqs if group else 64
+        self._scheduler = Scheduler(self._pool, self._block_size, self._max_num_seqs, sim.max_num_batched_tokens)
+        self._pace = Pace(sim)
+        self._inboxes: dict[Sequence, Inbox] = {}
+        self._holds: dict[str, int] = {}
+        self._work = asyncio.Event()
+        self._events: asyncio.Queue[tuple[KvEvent, ...]] = asyncio.Queue()
+        self._consumed: set[int] = set()  # block hashes as of the events handed out
+        self._loop: asyncio.Task[None] | None = None
+        self._reason = ""
+        self._dead = asyncio.Event()
+
+    # -- lifecycle
+
+    def prepare(self) -> None:
+        """Nothing of it forks."""
+
+    async def start(self) -> EngineInfo:
+        config = self._spec.config
+        self._shape = ModelShape.read(self._spec.model_path)
+        self._metrics = SimMetrics(self._registry)
+        capacity = self._pool.size * self._block_size
+        if config.max_model_len is not None and config.max_model_len > capacity:
+            raise StartError(
+                "sim engine", f"max_model_len {config.max_model_len} is over the {capacity} tokens of its KV"
+            )
+        longest = config.max_model_len or min(self._shape.max_model_len, capacity)
+        self._scheduler.max_model_len = self._max_model_len = longest
+        value_bytes = 4 if config.dtype == "float32" else 2
+        fingerprint = Fingerprint(
+            model=config.model,
+            revision=config.revision or "",
+            dtype=config.dtype,
+            kv_dtype=config.kv_cache_dtype,
+            kv_layout=BACKEND,
+            block_size=self._block_size,
+            block_bytes=self._shape.kv_values * value_bytes * self._block_size,
+            tensor_parallel=1,
+            engine=BACKEND,
+            device=BACKEND,
+        )
+        self._block_bytes = fingerprint.block_bytes
+        # The engine outlives every task group of the worker, as a real one (a process) does; close() ends it.
+        self._loop = asyncio.get_running_loop().create_task(self._guarded())
+        return EngineInfo(fingerprint, self._pool.size, longest, self._max_num_seqs)
+
+    async def close(self) -> None:
+        if self._loop is not None:
+            self._loop.cancel()
+            await asyncio.wait([self._loop])
+            self._loop = None
+
+    async def failed(self) -> str:
+        await self._dead.wait()
+        return self._reason
+
+    def fail(self, reason: str) -> None:
+        """Die: everything in flight and everything that follows gets a WorkerError."""
+        self._reason = reason
+        for inbox in self._inboxes.values():
+            inbox.put_nowait(WorkerError(reason))
+        self._dead.set()
+
+    # -- work
+
+    async def generate(self, job: Job) -> AsyncGenerator[Output, None]:
+        seed = job.sampling.seed if job.sampling.seed is not None else secrets.randbits(63)
+        sampler = Sampler(self._shape, job.sampling, seed)
+        sequence = Sequence(job.request_id, list(job.token_ids), job.sampling, sampler, job.cache_salt)
+        remote = job.remote
+        if remote is not None:
+            sequence.fetch = lambda cached: self._worth_asking(sequence, cached, remote)
+        arrived, last, external = time.monotonic(), 0.0, 0
+        with self._enrolled(sequence) as inbox:
+            while True:
+                item = await self._take(inbox)
+                if item is None:
+                    assert remote is not None, "only a sequence that can ask is told to"
+                    external = await self._fetch(sequence, remote)
+                    continue
+                now = time.monotonic()
+                if last:
+                    self._metrics.inter_token_latency.observe(now - last)
+                else:
+                    self._metrics.time_to_first_token.observe(now - arrived)
+                    self._count_prompt(sequence, external)
+                last = now
+                yield item
+                if item.finish:
+                    return
+
+    async def prefill(self, job: PrefillJob) -> int:
+        sequence = Sequence(job.request_id, list(job.token_ids), _PROMPT_ONLY, None, job.cache_salt)
+        end = job.target.first_block + job.target.num_blocks
+        if end != -(-len(job.token_ids) // self._block_size):
+            raise PrefillFailed("mismatch", f"the target ends at block {end}, the prompt elsewhere")
+        try:
+            async with asyncio.timeout(job.timeout_s):
+                with self._enrolled(sequence) as inbox:
+                    await self._take(inbox)
+                    self._count_prompt(sequence, 0)
+                    with self._held("push", job.target.num_blocks):
+                        await asyncio.sleep(self._pace.transfer_s(job.target.num_blocks))
+                    return sequence.cached or 0
+        except TimeoutError:
+            raise PrefillFailed("deadline", f"not done within {job.timeout_s:.3g} s") from None
+        except RequestError as error:
+            raise PrefillFailed("refused", str(error)) from error
+        except WorkerError as error:
+            raise PrefillFailed("engine", str(error)) from error
+
+    def peer_gone(self, incarnation: str) -> None:
+        """Nothing is ever written here, so nothing is quarantined."""
+
+    async def kv_events(self) -> AsyncIterator[tuple[KvEvent, ...]]:
+        while True:
+            events = await self._events.get()
+            for event in events:
+                if isinstance(event, BlocksStored):
+                    self._consumed.update(event.hashes)
+                elif isinstance(event, BlocksRemoved):
+                    self._consumed.difference_update(event.hashes)
+                else:
+                    assert isinstance(event, BlocksCleared)
+                    self._consumed.clear()
+            yield events
+
+    def snapshot(self) -> dict[Tier, tuple[int, ...]]:
+        return {Tier.DEVICE: tuple(self._consumed)}
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(
+            self._scheduler.running, self._scheduler.waiting, self._pool.pinned, self._pool.size, dict(self._holds)
+        )
+
+    # -- sequences
+
+    @contextmanager
+    def _enrolled(self, sequence: Sequence) -> Iterator[Inbox]:
+        """The scheduler has the sequence while the body runs; at its end, however it comes, the blocks are free."""
+        self._check(sequence)
+        inbox: Inbox = asyncio.Queue()
+        self._inboxes[sequence] = inbox
+        self._scheduler.add(sequence)
+        self._work.set()
+        try:
+            yield inbox
+        finally:
+            del self._inboxes[sequence]
+            self._scheduler.remove(sequence)
+            self._work.set()
+
+    def _check(self, sequence: Sequence) -> None:
+        if self._dead.is_set():
+            raise WorkerError(self._reason)
+        if not sequence.tokens:
+            raise RequestError("the prompt is empty", "prompt")
+        limit = self._max_model_len - (1 if sequence.sampler else 0)
+        if sequence.prompt_len > limit:
+            raise RequestError(
+                f"the prompt has {sequence.prompt_len} tokens; at most {limit} fit", "prompt", "context_length_exceeded"
+            )
+        if min(sequence.tokens) < 0 or max(sequence.tokens) >= self._shape.vocab_size:
+            raise RequestError(f"token ids must be from 0 to {self._shape.vocab_size - 1}", "prompt")
+
+    @staticmethod
+    async def _take(inbox: Inbox) -> Output | None:
+        item = await inbox.get()
+        if isinstance(item, WorkerError):
+            raise item
+        return item
+
+    def _count_prompt(self, sequence: Sequence, external: int) -> None:
+        cached = sequence.cached or 0
+        source = self._metrics.prompt_source
+        source.labels("local_cache_hit").inc(cached)
+        source.labels("external_kv_transfer").inc(external)
+        source.labels("local_compute").inc(sequence.prompt_len - cached - external)
+
+    # -- remote prefill
+
+    def _worth_asking(self, sequence: Sequence, cached: int, remote: RemotePrefill) -> bool:
+        if sequence.prompt_len - cached < self._spec.config.kv_transfer.min_remote_tokens:
+            remote.skipped("prefix hit" if cached else "short")
+            return False
+        return remote.more
+
+    async def _fetch(self, sequence: Sequence, remote: RemotePrefill) -> int:
+        """Have the prompt computed elsewhere; returns the tokens received, none when every candidate failed."""
+        cached = sequence.cached or 0
+        first = cached // self._block_size
+        blocks = len(sequence.blocks) - first
+        with self._held("receive", blocks):
+            while remote.more:
+                target = PushTarget(secrets.randbits(64), self._incarnation, first, blocks, ())
+                try:
+                    await remote.ask(target)
+                except PrefillFailed as error:
+                    log.info("%s: %s", sequence.request_id, error)
+                    continue
+                ended = time.time_ns()
+                started = ended - int(self._pace.transfer_s(blocks) * 1e9)
+                remote.transferred(TransferReport(blocks * self._block_bytes, blocks, 1, BACKEND, started, ended))
+                self._resume(sequence, sequence.prompt_len - 1)
+                return sequence.prompt_len - 1 - cached
+        self._resume(sequence, cached)
+        return 0
+
+    def _resume(self, sequence: Sequence, computed: int) -> None:
+        self._scheduler.fetched(sequence, computed)
+        self._work.set()
+
+    @contextmanager
+    def _held(self, reason: str, blocks: int) -> Iterator[None]:
+        self._holds[reason] = self._holds.get(reason, 0) + blocks
+        try:
+            yield
+        finally:
+            self._holds[reason] -= blocks
+
+    # -- the loop
+
+    async def _guarded(self) -> None:
+        try:
+            await self._run()
+        except Exception as error:
+            log.exception("the simulated engine's loop failed")
+            self.fail(f"the engine's loop failed: {error!r}")
+
+    async def _run(self) -> None:
+        while True:
+            self._work.clear()
+            step = self._scheduler.plan()
+            for sequence in step.fetches:
+                self._inboxes[sequence].put_nowait(None)
+            if step.tokens:
+                await self._pace.step(step.prefill_tokens, step.decoding)
+                for sequence, output in self._scheduler.finish(step):
+                    self._inboxes[sequence].put_nowait(output)
+            self._publish(step)
+            if not step.tokens and not step.preempted:
+                await self._work.wait()
+                self._pace.idle()
+
+    def _publish(self, step: Step) -> None:
+        events = self._pool.events()
+        if events:
+            self._events.put_nowait(events)
+        self._metrics.preemptions.inc(step.preempted)
+        self._metrics.kv_usage.set(self._pool.pinned / self._pool.size)
+        self._metrics.running.set(self._scheduler.running)
+        self._metrics.waiting.set(self._scheduler.waiting)

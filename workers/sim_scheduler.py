@@ -1,0 +1,237 @@
+"""Continuous batching over a block pool, after vLLM's V1 scheduler; knows nothing of time or of asyncio.
+
+A step is planned, takes some time elsewhere, and is then finished. Sequences already in the batch come first and
+take from the step's token budget; then the queue is admitted in order while blocks last. When a running
+sequence finds no block, the youngest one is preempted: it loses its blocks and computes them again later.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from dynamo_lite.plane.wire import RequestId, Sampling
+from kvbm.errors import OutOfBlocks
+from kvbm.hashing import FullHash, full_block_hashes, low64
+from kvbm.pool import BlockPool
+from workers.engine import Output
+from workers.sim_tokens import Sampler, fold
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One prompt and what is generated from it. `sampler` is None for a prompt that is only computed."""
+
+    request_id: RequestId
+    tokens: list[int]
+    sampling: Sampling
+    sampler: Sampler | None = None
+    cache_salt: str | None = None
+    fetch: Callable[[int], bool] | None = None  # given the cached tokens: shall another worker compute the rest?
+    prompt_len: int = 0
+    computed: int = 0  # tokens whose KV is in `blocks`
+    cached: int | None = None  # prompt tokens found in the pool when first admitted
+    reported: bool = False  # whether an output has said so
+    blocks: list[int] = field(default_factory=list)
+    committed: int = 0  # leading blocks that can be matched
+    state: int = 0
+    _hashes: list[FullHash] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.prompt_len = len(self.tokens)
+        self.state = fold(0, self.tokens)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    def hashes(self, block_size: int) -> list[FullHash]:
+        """Of all full blocks, whether their KV is computed or not."""
+        known = len(self._hashes)
+        if len(self.tokens) // block_size > known:
+            rest = self.tokens[known * block_size :]
+            after = self._hashes[-1] if known else None
+            salt = None if known else self.cache_salt
+            self._hashes += full_block_hashes(rest, block_size, salt, after=after)
+        return self._hashes
+
+
+@dataclass(slots=True)
+class Step:
+    """What is computed together: tokens per sequence."""
+
+    tokens: dict[Sequence, int] = field(default_factory=dict)
+    fetches: list[Sequence] = field(default_factory=list)  # got their blocks; now someone else computes them
+    preempted: int = 0
+
+    @property
+    def decoding(self) -> bool:
+        return any(sequence.generated for sequence in self.tokens)
+
+    @property
+    def prefill_tokens(self) -> int:
+        return sum(count for sequence, count in self.tokens.items() if not sequence.generated)
+
+
+class Scheduler:
+    """Owns every sequence's blocks from `add` until it finishes or is removed."""
+
+    def __init__(self, pool: BlockPool, block_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.pool, self.block_size = pool, block_size
+        self.max_model_len = pool.size * block_size
+        self._max_num_seqs, self._budget = max_num_seqs, max_num_batched_tokens
+        self._waiting: deque[Sequence] = deque()
+        self._fetched: deque[Sequence] = deque()  # have their blocks, so they go before the queue
+        self._fetching: set[Sequence] = set()
+        self._running: dict[Sequence, None] = {}  # oldest first
+        self._done: set[Sequence] = set()  # prompts computed for another worker, blocks kept until removed
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting) + len(self._fetched) + len(self._fetching)
+
+    def add(self, sequence: Sequence) -> None:
+        self._waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence in whatever state and free its blocks at once. Harmless when it is gone already."""
+        for queue in (self._waiting, self._fetched):
+            if sequence in queue:
+                queue.remove(sequence)
+        self._running.pop(sequence, None)
+        self._fetching.discard(sequence)
+        self._done.discard(sequence)
+        self._release(sequence)
+
+    def plan(self) -> Step:
+        """Choose the next step's tokens and allocate their blocks."""
+        step, budget = Step(), self._budget
+        for sequence in list(self._running):
+            if not budget or sequence not in self._running:
+                break  # the rest, all younger, was preempted
+            count = min(len(sequence.tokens) - sequence.computed, budget)
+            if not self._make_room(sequence, count, step):
+                break
+            step.tokens[sequence] = count
+            budget -= count
+        if not step.preempted:
+            self._admit(step, budget)
+        return step
+
+    def finish(self, step: Step) -> list[tuple[Sequence, Output]]:
+        """The step was computed: outputs of every sequence that got a token or, for a prompt alone, is complete."""
+        outputs = []
+        for sequence, count in step.tokens.items():
+            if sequence not in self._running:
+                continue  # removed while the step ran
+            sequence.computed += count
+            self._commit(sequence)
+            if sequence.computed < len(sequence.tokens):
+                continue
+            if sequence.sampler is None:
+                del self._running[sequence]
+                self._done.add(sequence)
+                outputs.append((sequence, Output([], cached_tokens=sequence.cached)))
+                continue
+            output = self._sample(sequence, sequence.sampler)
+            outputs.append((sequence, output))
+            if output.finish:
+                self.remove(sequence)
+        return outputs
+
+    def fetched(self, sequence: Sequence, computed: int) -> None:
+        """A fetch ended; `computed` leading tokens have their KV now. The rest is computed here."""
+        if sequence not in self._fetching:
+            return  # removed meanwhile
+        self._fetching.discard(sequence)
+        sequence.computed = computed
+        self._commit(sequence)
+        self._fetched.append(sequence)
+
+    def _admit(self, step: Step, budget: int) -> None:
+        while budget and len(self._running) < self._max_num_seqs and (self._fetched or self._waiting):
+            queue = self._fetched or self._waiting
+            sequence = queue[0]
+            fetch = False
+            if queue is self._waiting:
+                self._match(sequence)
+                fetch = sequence.fetch is not None and sequence.fetch(sequence.computed)
+            missing = len(sequence.tokens) - sequence.computed
+            count = missing if fetch else min(missing, budget)
+            if not self._grow(sequence, count):
+                if queue is self._waiting:
+                    self._release(sequence)
+                return
+            queue.popleft()
+            sequence.cached = sequence.computed if sequence.cached is None else sequence.cached
+            sequence.fetch = None
+            if fetch:
+                self._fetching.add(sequence)
+                step.fetches.append(sequence)
+                continue
+            self._running[sequence] = None
+            step.tokens[sequence] = count
+            budget -= count
+
+    def _match(self, sequence: Sequence) -> None:
+        """Pin the cached prefix. The last token is always computed, as its output is what is sampled from."""
+        hashes = sequence.hashes(self.block_size)[: (len(sequence.tokens) - 1) // self.block_size]
+        sequence.blocks = self.pool.match([low64(full) for full in hashes])
+        self.pool.pin(sequence.blocks)
+        sequence.committed = len(sequence.blocks)
+        sequence.computed = sequence.committed * self.block_size
+
+    def _make_room(self, sequence: Sequence, count: int, step: Step) -> bool:
+        """Grow a running sequence, preempting from the youngest; False when it had to preempt itself."""
+        while not self._grow(sequence, count):
+            victim, _ = self._running.popitem()
+            self._release(victim)
+            self._waiting.appendleft(victim)
+            step.preempted += 1
+            if victim is sequence:
+                return False
+        return True
+
+    def _grow(self, sequence: Sequence, count: int) -> bool:
+        """Blocks for `count` tokens more than are computed."""
+        needed = -(-(sequence.computed + count) // self.block_size) - len(sequence.blocks)
+        try:
+            sequence.blocks += self.pool.allocate(max(0, needed))
+        except OutOfBlocks:
+            return False
+        return True
+
+    def _commit(self, sequence: Sequence) -> None:
+        full, first = sequence.computed // self.block_size, sequence.committed
+        if full > first:
+            hashes = sequence.hashes(self.block_size)
+            parent = low64(hashes[first - 1]) if first else None
+            self.pool.commit(
+                sequence.blocks[first:full], [low64(full_hash) for full_hash in hashes[first:full]], parent
+            )
+            sequence.committed = full
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks, sequence.computed, sequence.committed = [], 0, 0
+
+    def _sample(self, sequence: Sequence, sampler: Sampler) -> Output:
+        token, logprob = sampler.next(sequence.state, len(sequence.tokens), sequence.generated)
+        sequence.tokens.append(token)
+        sequence.state = fold(sequence.state, [token])
+        stopped = token in sequence.sampling.stop_token_ids and sequence.generated >= sequence.sampling.min_tokens
+        full = sequence.generated >= sequence.sampling.max_tokens or len(sequence.tokens) >= self.max_model_len
+        cached = None if sequence.reported else sequence.cached
+        sequence.reported = True
+        return Output(
+            [token],
+            None if logprob is None else [logprob],
+            "stop" if stopped else "length" if full else None,
+            token if stopped else None,
+            cached,
+        )

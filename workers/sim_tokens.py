@@ -1,0 +1,156 @@
+"""The simulated engine's "model": the next token is a pure function of all tokens before it.
+
+Whatever way a prompt's KV came to be (computed, found, pushed by a peer, computed again after a preemption), the
+output is the same, which is what tests of everything around the engine need.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from dynamo_lite.errors import StartError
+from dynamo_lite.plane.wire import Sampling, TokenLogprob
+
+_MASK = (1 << 64) - 1
+_ODD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio
+_CANDIDATES = 20  # as many as OpenAI's top_logprobs can ask for
+_WORD = re.compile(r"[Ġ▁]?[A-Za-z]+")
+_FEWEST_WORDS = 64  # below this a vocabulary is not of words, and any ordinary id will do
+
+
+def mix(value: int) -> int:
+    """splitmix64's finaliser: every input bit changes about half of the output bits."""
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
+    return value ^ (value >> 31)
+
+
+def fold(state: int, token_ids: list[int]) -> int:
+    """The state after `token_ids`; folding a list in parts gives the same as folding it whole."""
+    for token in token_ids:
+        state = (state * _ODD + token + 1) & _MASK
+    return state
+
+
+def _fraction(bits: int) -> float:
+    return bits / 2.0**64
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the simulation takes from a model folder; no weights are read."""
+
+    words: tuple[int, ...]  # ids it may emit: printable, none of them special
+    vocab_size: int
+    max_model_len: int  # tokens
+    kv_values: int  # numbers of KV per token over all layers
+
+    @classmethod
+    def read(cls, folder: Path) -> ModelShape:
+        """Raises StartError when there is no usable config.json."""
+        try:
+            config = json.loads((folder / "config.json").read_bytes())
+            vocab_size = int(config["vocab_size"])
+            heads = int(config.get("num_attention_heads", 1))
+            head_dim = int(config.get("head_dim") or int(config.get("hidden_size", 64)) // heads)
+            kv_heads = int(config.get("num_key_value_heads", heads))
+            layers = int(config.get("num_hidden_layers", 1))
+            longest = int(config.get("max_position_embeddings", 2048))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StartError(
+                "sim engine", f"{folder / 'config.json'} is not a model configuration: {error!r}"
+            ) from error
+        words = _printable(folder / "tokenizer.json", vocab_size) or _ordinary(config, vocab_size)
+        return cls(words, vocab_size, longest, 2 * layers * kv_heads * head_dim)
+
+
+def _printable(tokenizer: Path, vocab_size: int) -> tuple[int, ...]:
+    """Ids of whole words in a Hugging Face tokenizer; none when there is no such file or it has too few."""
+    if not tokenizer.exists():
+        return ()
+    content = json.loads(tokenizer.read_bytes())
+    vocab = content.get("model", {}).get("vocab", {})
+    special = {token["id"] for token in content.get("added_tokens", [])}
+    entries = vocab.items() if isinstance(vocab, dict) else ((entry[0], i) for i, entry in enumerate(vocab))
+    words = sorted(i for text, i in entries if i not in special and i < vocab_size and _WORD.fullmatch(text))
+    return tuple(words) if len(words) >= _FEWEST_WORDS else ()
+
+
+def _ordinary(config: dict[str, object], vocab_size: int) -> tuple[int, ...]:
+    """Every id that config.json does not give a meaning of its own."""
+    special: set[int] = set()
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = config.get(key)
+        special.update(value if isinstance(value, list) else [value] if isinstance(value, int) else [])
+    ids = tuple(i for i in range(vocab_size) if i not in special)
+    if not ids:
+        raise StartError("sim engine", f"a vocabulary of {vocab_size} leaves no ordinary token")
+    return ids
+
+
+class Sampler:
+    """Draws the tokens of one sequence."""
+
+    def __init__(self, shape: ModelShape, sampling: Sampling, seed: int) -> None:
+        self._words = shape.words
+        self._sampling = sampling
+        self._seed = mix(seed * _ODD & _MASK)
+        self._stops = frozenset(sampling.stop_token_ids)
+        self._greedy = sampling.temperature == 0 and sampling.logprobs is None and not sampling.logit_bias
+
+    def next(self, state: int, position: int, generated: int) -> tuple[int, TokenLogprob | None]:
+        """The token after `state` at `position`, and its logprobs when asked for."""
+        banned = self._stops if generated < self._sampling.min_tokens else frozenset()
+        key = mix(state)
+        if self._greedy:
+            token = self._words[key % len(self._words)]
+            if token not in banned:
+                return token, None
+        logits = self._logits(key, banned)
+        chosen = self._draw(logits, mix(key ^ self._seed ^ mix(position)))
+        return chosen, self._logprob(chosen, logits)
+
+    def _logits(self, key: int, banned: frozenset[int]) -> dict[int, float]:
+        """Candidates, likeliest first."""
+        count = min(_CANDIDATES + len(banned), len(self._words))
+        logits = {
+            self._words[(key + rank) % len(self._words)]: -0.7 * rank - 0.5 * _fraction(mix(key + rank))
+            for rank in range(count)
+        }
+        for token, bias in (self._sampling.logit_bias or {}).items():
+            logits[token] = logits.get(token, -20.0) + bias
+        allowed = {token: logit for token, logit in logits.items() if token not in banned}
+        return dict(sorted((allowed or logits).items(), key=lambda item: -item[1]))
+
+    def _draw(self, logits: dict[int, float], bits: int) -> int:
+        """Temperature, top-k, top-p and min-p, in vLLM's order of meaning. Penalties are not simulated."""
+        sampling = self._sampling
+        tokens = list(logits)
+        if sampling.temperature == 0:
+            return tokens[0]
+        best = logits[tokens[0]]
+        weights = [math.exp((logit - best) / sampling.temperature) for logit in logits.values()]
+        weights = [weight for weight in weights if weight >= sampling.min_p]  # the best weighs 1
+        weights = weights[: sampling.top_k or None]
+        kept, total, whole = 0, 0.0, sum(weights)
+        while kept < len(weights) and (kept == 0 or total < sampling.top_p * whole):
+            total += weights[kept]
+            kept += 1
+        point = _fraction(bits) * total
+        for token, weight in zip(tokens, weights[:kept], strict=False):
+            point -= weight
+            if point < 0:
+                return token
+        return tokens[kept - 1]
+
+    def _logprob(self, chosen: int, logits: dict[int, float]) -> TokenLogprob | None:
+        if self._sampling.logprobs is None:
+            return None
+        best = max(logits.values())
+        log_sum = best + math.log(sum(math.exp(logit - best) for logit in logits.values()))
+        top = tuple((token, logit - log_sum) for token, logit in logits.items())
+        return TokenLogprob(chosen, logits[chosen] - log_sum, top[: self._sampling.logprobs])
