@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -26,8 +27,24 @@ def parse_bytes(value: object) -> object:
         raise ValueError(f"'{value}' is not a size; write for example 512MiB or 4GB") from None
 
 
+def check_address(value: str, schemes: tuple[str, ...]) -> str:
+    """`scheme://host:port`, refused with a sentence otherwise."""
+    written = " or ".join(f"{scheme}://host:port" for scheme in schemes)
+    try:
+        parts = urlsplit(value)
+        valid = parts.scheme in schemes and bool(parts.hostname) and parts.port is not None
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ValueError(f"'{value}' is not an address; write {written}")
+    return value
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+MetadataAddress = Annotated[str, AfterValidator(lambda value: check_address(value, ("tcp", "http", "https")))]
+EtcdUrl = Annotated[str, AfterValidator(lambda value: check_address(value, ("http", "https")))]
+NatsUrl = Annotated[str, AfterValidator(lambda value: check_address(value, ("nats", "tls")))]
 
 
 class Model(BaseModel, frozen=True, extra="forbid"):
@@ -38,7 +55,7 @@ class KvTransfer(Model):
     """How KV moves between workers."""
 
     backend: Literal["nixl"] = "nixl"
-    metadata_server: str | None = None  # address of the discovery service (etcd): tcp://host:port
+    metadata_server: MetadataAddress | None = None  # address of the discovery service (etcd): tcp://host:port
     rdma_device: str | None = None  # e.g. mlx5_0; becomes UCX_NET_DEVICES
     transport_threads: Annotated[int, Field(ge=1, le=64)] = 1
     timeout_ms: Annotated[int, Field(gt=0)] = 2000  # longest silence of a prefill worker before the next is tried
@@ -70,8 +87,8 @@ class Workers(Model):
 
     @model_validator(mode="after")
     def _some_worker_decodes(self) -> Workers:
-        if self.both is None and self.decode is None:
-            raise ValueError("workers needs 'decode' (with 'prefill') or 'both'")
+        if not any(group is not None and group.count for group in (self.decode, self.both)):
+            raise ValueError("workers needs at least one 'decode' (with 'prefill') or 'both' worker")
         return self
 
 
@@ -87,7 +104,7 @@ class Frontend(Model):
 
 
 class Router(Model):
-    """Where requests go. Cost of a worker = overlap_weight × blocks it misses + load_weight × blocks it is busy with."""
+    """Where requests go. A worker costs overlap_weight × blocks it misses + load_weight × blocks it is busy with."""
 
     mode: Literal["kv", "round_robin", "least_loaded"] = "kv"
     overlap_weight: Annotated[float, Field(ge=0)] = 1.0
@@ -118,7 +135,7 @@ class Telemetry(Model):
 class Nats(Model):
     """An existing NATS server; without `url` one is embedded on loopback."""
 
-    url: str | None = None
+    url: NatsUrl | None = None
     user: str | None = None
     password: str | None = None
     token: str | None = None
@@ -127,7 +144,7 @@ class Nats(Model):
 class Etcd(Model):
     """An existing etcd; without `endpoints` (or kv_transfer.metadata_server) one is embedded on loopback."""
 
-    endpoints: tuple[str, ...] = ()  # http(s)://host:port
+    endpoints: tuple[EtcdUrl, ...] = ()  # http(s)://host:port
     user: str | None = None
     password: str | None = None
     ca_cert: Path | None = None

@@ -1,23 +1,24 @@
 """Errors that cross a component's border, each with the HTTP status a client sees.
 
-    DynamoError                500
-    ├── ConfigError            —    the YAML file or an override; file, line, column, hint
-    ├── StartError             —    a part did not come up; names the part and its log
-    ├── RequestError           400  the client's request is wrong; names the parameter
-    │   ├── ModelNotFound      404
-    │   └── BodyTooLarge       413
-    ├── NoInstance             503  no live worker for the role; carries Retry-After
-    ├── PlaneError             503  NATS or etcd
-    │   ├── NoResponders       503  the peer is gone: certain, and known within a millisecond
-    │   ├── DeadlineExceeded   504  nobody answered in time
-    │   └── ProtocolMismatch   502  a message of another protocol version
-    ├── WorkerError            500  the engine failed this request
-    │   └── WorkerLost         503  the worker died or went silent while it owned the request
-    └── PrefillFailed          502  a remote prefill attempt failed; the decode worker tries elsewhere
+DynamoError                500
+├── ConfigError            —    the YAML file or an override; file, line, column, hint
+├── StartError             —    a part did not come up; names the part and its log
+├── RequestError           400  the client's request is wrong; names the parameter
+│   ├── ModelNotFound      404
+│   └── BodyTooLarge       413
+├── NoInstance             503  no live worker for the role; carries Retry-After
+├── PlaneError             503  NATS or etcd
+│   ├── NoResponders       503  the peer is gone: certain, and known within a millisecond
+│   ├── DeadlineExceeded   504  nobody answered in time
+│   └── ProtocolMismatch   502  a message of another protocol version
+├── WorkerError            500  the engine failed this request
+│   └── WorkerLost         503  the worker died or went silent while it owned the request
+└── PrefillFailed          502  a remote prefill attempt failed; the decode worker tries elsewhere
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -29,16 +30,29 @@ class DynamoError(Exception):
 
 
 class ConfigError(DynamoError):
-    """The configuration cannot be used; says where and, when a key is misspelt, the nearest known one."""
+    """The configuration cannot be used; says where and, when a key is misspelt, the nearest known one.
+
+    `key` is the dotted path of the setting at fault; `more` are further errors of the same file.
+    """
 
     kind = "config_error"
 
-    def __init__(
-        self, message: str, *, file: str = "", line: int = 0, column: int = 0, hint: str = ""
+    def __init__(  # one argument a fact, all but the first by name
+        self,
+        message: str,
+        *,
+        file: str = "",
+        line: int = 0,
+        column: int = 0,
+        hint: str = "",
+        key: str = "",
+        more: Sequence[ConfigError] = (),
     ) -> None:
         place = f"{file}:{line}:{column}: " if line else (f"{file}: " if file else "")
-        super().__init__(f"{place}{message}" + (f" ({hint})" if hint else ""))
+        first = f"{place}{message}" + (f" ({hint})" if hint else "")
+        super().__init__("\n".join([first, *map(str, more)]))
         self.message, self.file, self.line, self.column, self.hint = message, file, line, column, hint
+        self.key, self.more = key, tuple(more)
 
 
 class StartError(DynamoError):
@@ -68,9 +82,7 @@ class ModelNotFound(RequestError):
     status = 404
 
     def __init__(self, model: str, served: str) -> None:
-        super().__init__(
-            f"The model '{model}' does not exist; this server has '{served}'.", "model", "model_not_found"
-        )
+        super().__init__(f"The model '{model}' does not exist; this server has '{served}'.", "model", "model_not_found")
 
 
 class BodyTooLarge(RequestError):
