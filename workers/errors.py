@@ -1,9 +1,9 @@
 """Errors of the transfer engine.
 
-    TransferError
-    ├── PeerLost          the peer's process or link is gone
-    ├── TransferTimeout   our deadline passed
-    └── Mismatch          the two sides cannot exchange KV
+TransferError
+├── PeerLost          the peer's process or link is gone
+├── TransferTimeout   our deadline passed
+└── Mismatch          the two sides cannot exchange KV
 """
 
 from __future__ import annotations

@@ -34,9 +34,7 @@ class ConnectorEnd:
         self._socket.connect(path)
         self._socket.settimeout(None)
         # A worker process that stops reading must not stop the engine for ever.
-        self._socket.setsockopt(
-            socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(_WRITE_TIMEOUT_S), 0)
-        )
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(_WRITE_TIMEOUT_S), 0))
         self._encoder = msgspec.msgpack.Encoder()
         self._writing = threading.Lock()
         self._reader: threading.Thread | None = None
@@ -92,7 +90,10 @@ class WorkerEnd:
 
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Report)
-            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError), contextlib.closing(writer):
+            with (
+                contextlib.suppress(asyncio.IncompleteReadError, ConnectionError),
+                contextlib.closing(writer),
+            ):
                 while True:
                     size = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))[0]
                     report = decoder.decode(await reader.readexactly(size))

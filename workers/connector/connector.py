@@ -68,20 +68,17 @@ class DynamoLiteConnector(KVConnectorBase_V1, SupportsHMA):
         return self._scheduler
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
+        self._schedules.arrived(request)  # here, as vLLM 0.26 has no hook for a new request
         tokens = self._schedules.remote_tokens(request, num_computed_tokens)
         return tokens, tokens > 0
 
-    def update_state_after_alloc(
-        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
-    ) -> None:
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         self._schedules.allocated(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
         return StepMetadata(self._schedules.plan(scheduler_output))
 
-    def request_finished(
-        self, request: Request, block_ids: list[int]
-    ) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self._schedules.finished(request), None
 
     def request_finished_all_groups(

@@ -65,7 +65,11 @@ class Mover:
     """Thread-safe: `plan`, `cancel_pushes`, `command`, `ended`, `wait`, `close`."""
 
     def __init__(
-        self, engine: TransferEngine, planes: Planes, settings: MoverSettings, report: Callable[[Report], None]
+        self,
+        engine: TransferEngine,
+        planes: Planes,
+        settings: MoverSettings,
+        report: Callable[[Report], None],
     ) -> None:
         slot_bytes = max(settings.piece // planes.block_bytes, 1) * planes.block_bytes
         copier = Copier(planes)
@@ -76,7 +80,7 @@ class Mover:
         self._sender = Sender(engine, outgoing, copier, settings.rank, settings.timeout_s, report)
         self._receiver = Receiver(engine, incoming, copier, settings.rank, settings.window, report)
         self._notes = msgspec.msgpack.Decoder(Note)
-        self._todo: deque[Callable[[], object]] = deque()
+        self._todo: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._lock = threading.Lock()  # held while blocks are read or written: `cancel_pushes` waits for it
         self._ended_lock = threading.Lock()
@@ -121,7 +125,7 @@ class Mover:
             invalid, self._invalid = self._invalid, set()
             self._changed.clear()
         if sent:
-            self._do(lambda: [self._sender.forget(one) for one in sent])
+            self._do(lambda: self._sender.forget(sent))
         return Ended(sent, received, invalid)
 
     def wait(self, seconds: float) -> None:
@@ -141,7 +145,7 @@ class Mover:
 
     # ---- the thread ----
 
-    def _do(self, action: Callable[[], object]) -> None:
+    def _do(self, action: Callable[[], None]) -> None:
         with self._wake:
             self._todo.append(action)
             self._wake.notify()
@@ -229,4 +233,3 @@ class Mover:
         if held != self._held:
             self._held = held
             self._report(Holds(self._settings.rank, held))
-

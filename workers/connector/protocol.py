@@ -1,7 +1,7 @@
 """What the connectors say: to the worker process over the control channel, to each other through vLLM's step
 metadata, and to a peer's mover in transfer notifications.
 
-Ids: `request_id` is ours (the same in every process); `engine_id` is vLLM's internal one, known inside the EngineCore only.
+Ids: `request_id` is ours (the same in every process); `engine_id` is vLLM's internal one, known in the EngineCore.
 """
 
 from __future__ import annotations

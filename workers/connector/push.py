@@ -79,6 +79,9 @@ class Sender:
         if step.engine_id in self._ended:
             return  # it has failed, or was stopped, before all its steps came
         push = self._pushes.get(transfer_id)
+        if push is not None and push.engine_id != step.engine_id:
+            self._release(step.engine_id)  # the same prefill, asked for twice: one of them is enough
+            return
         if push is None:
             try:
                 push = self._open(step)
@@ -237,9 +240,9 @@ class Sender:
             self._ended.add(engine_id)
             self.fresh.append(engine_id)
 
-    def forget(self, engine_id: str) -> None:
-        """vLLM has freed the prompt: no further step of it can come."""
-        self._ended.discard(engine_id)
+    def forget(self, engine_ids: set[str]) -> None:
+        """vLLM has freed these prompts: no further step of them can come."""
+        self._ended -= engine_ids
 
     def holds(self) -> dict[str, int]:
         return {"push": sum(push.blocks - push.written for push in self._pushes.values())}

@@ -122,7 +122,7 @@ class Receiver:
         if receive is None or piece.slot not in receive.slots:
             return
         total = len(receive.plan.block_ids)
-        if not (0 <= piece.first and 0 < piece.count and piece.first + piece.count <= total):
+        if not (piece.first >= 0 and piece.count > 0 and piece.first + piece.count <= total):
             return
         if not receive.pieces:
             receive.started_ns = time.time_ns()
@@ -231,4 +231,3 @@ class Receiver:
         quarantined = sum(len(one.slots) for one in self._quarantine.values())
         assert self._staging.free + granted + quarantined == self._staging.count
         assert set(self._by_request.values()) == set(self._open)
-

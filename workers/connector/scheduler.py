@@ -74,16 +74,15 @@ class SchedulerSide:
         (block_ids,) = blocks.get_block_ids()
         self._receiving.add(request.request_id)
         self._plan.receives.append(
-            ReceivePlan(
-                request.request_id, params[REQUEST_ID], list(block_ids[first:last]), first, _new_transfer_id()
-            )
+            ReceivePlan(request.request_id, params[REQUEST_ID], list(block_ids[first:last]), first, _new_transfer_id())
         )
 
     # ---- prefill ----
 
     def arrived(self, request: Request) -> None:
+        """vLLM considers the request for scheduling, perhaps not for the first time."""
         packed = (request.kv_transfer_params or {}).get(PUSH)
-        if packed is not None:
+        if packed is not None and request.request_id not in self._pushes and not request.num_preemptions:
             target = msgspec.msgpack.decode(packed, type=PushTarget)
             request_id = request.kv_transfer_params[REQUEST_ID]
             self._pushes[request.request_id] = PushProgress(request_id, target, request.num_prompt_tokens)

@@ -20,7 +20,10 @@ class Staging:
         self._memory = torch.zeros(self.count * slot_bytes, dtype=torch.uint8, device=device)
         kind: Memory = "DRAM" if device.type == "cpu" else "VRAM"
         self.region = engine.register(
-            self._memory.data_ptr(), self._memory.numel(), kind, 0 if device.type == "cpu" else device.index or 0
+            self._memory.data_ptr(),
+            self._memory.numel(),
+            kind,
+            0 if device.type == "cpu" else device.index or 0,
         )
         self._free = list(range(self.count))
 

@@ -58,15 +58,14 @@ def _rows(name: str, part: torch.Tensor) -> torch.Tensor:
     row_bytes = part[0].numel() * item
     if part.stride(0) * item < row_bytes or _span(part[0]) * item != row_bytes:
         raise Mismatch(f"{name}: a block is not one run of bytes (shape {tuple(part.shape)}, strides {part.stride()})")
-    raw = torch.empty(0, dtype=torch.uint8, device=part.device).set_(
+    return torch.empty(0, dtype=torch.uint8, device=part.device).set_(
         part.untyped_storage(),
         part.storage_offset() * item,
         (part.shape[0], row_bytes),
         (part.stride(0) * item, 1),
     )
-    return raw
 
 
 def _span(row: torch.Tensor) -> int:
     """Elements from the first to one past the last that `row` touches."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(row.shape, row.stride(), strict=True))
+    return 1 + sum((int(size) - 1) * int(stride) for size, stride in zip(row.shape, row.stride(), strict=True))

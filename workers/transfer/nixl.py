@@ -60,9 +60,7 @@ class NixlEngine:
     def __init__(self, name: str, threads: int = 1) -> None:
         """`threads` are NIXL's UCX worker threads beside its progress thread (1: only that one)."""
         self.name = name
-        config = nixl_agent_config(
-            enable_prog_thread=True, num_threads=threads if threads > 1 else 0, backends=["UCX"]
-        )
+        config = nixl_agent_config(enable_prog_thread=True, num_threads=threads if threads > 1 else 0, backends=["UCX"])
         self._agent = nixl_agent(name, config)
         if "UCX" not in self._agent.backends:
             raise TransferError("NIXL came up without its UCX backend")
@@ -98,9 +96,7 @@ class NixlEngine:
         address, device, memory = remote
         mine = self._agent.get_xfer_descs([(region.address + offset, size, region.device)], region.memory)
         theirs = self._agent.get_xfer_descs([(address, size, device)], memory)
-        write = NixlWrite(
-            self._agent, _guarded(self._agent.initialize_xfer, "WRITE", mine, theirs, peer, notify)
-        )
+        write = NixlWrite(self._agent, _guarded(self._agent.initialize_xfer, "WRITE", mine, theirs, peer, notify))
         write.post()
         return write
 

@@ -1,0 +1,151 @@
+"""The worker process's side of receives: ties what the connectors report to the remote prefill that fills them.
+
+One `Receive` per request that may be prefilled remotely; its driver asks candidate after candidate, and outlives the
+request when that is aborted, until it is certain what the candidate will still write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from dynamo_lite.errors import PrefillFailed
+from dynamo_lite.plane.wire import Incarnation, PushTarget, RankTarget
+from workers.connector.protocol import Command, GiveUp, ReceiveEnded, ReceiveOpened, Reopen, Settle, Skipped
+from workers.engine import RemotePrefill, TransferReport
+
+
+@dataclass(slots=True)
+class Receive:
+    """One request's way to its KV."""
+
+    request_id: str
+    remote: RemotePrefill
+    opened: dict[int, ReceiveOpened] = field(default_factory=dict)  # by rank, of the current attempt
+    arrived: dict[int, ReceiveEnded] = field(default_factory=dict)  # by rank, of the current attempt
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    unwanted: bool = False
+    driven: bool = False
+    local_blocks: int | None = None  # found on the device by the scheduler; None until a remote prefill was chosen
+
+
+class Receives:
+    """All receives of one engine. Runs on the event loop; drivers are tasks of `group`."""
+
+    def __init__(
+        self, incarnation: Incarnation, ranks: int, command: Callable[[Command], None], timeout_s: float,
+        group: asyncio.TaskGroup,
+    ) -> None:  # fmt: skip
+        self._incarnation, self._ranks, self._command = incarnation, ranks, command
+        self._timeout_s, self._group = timeout_s, group
+        self._receives: dict[str, Receive] = {}
+
+    def expect(self, request_id: str, remote: RemotePrefill) -> Receive:
+        """A request that may be prefilled remotely is about to be given to the engine."""
+        receive = self._receives[request_id] = Receive(request_id, remote)
+        return receive
+
+    def release(self, request_id: str) -> None:
+        """The request has ended, finished or aborted."""
+        receive = self._receives.get(request_id)
+        if receive is None:
+            return
+        receive.unwanted = True
+        if receive.driven:
+            receive.remote.stop()
+            receive.changed.set()
+        else:
+            del self._receives[request_id]
+
+    def handle(self, report: Skipped | ReceiveOpened | ReceiveEnded) -> None:
+        """A connector's report. Those of a request that is forgotten are of no use to anybody."""
+        receive = self._receives.get(report.request_id)
+        match report:
+            case Skipped():
+                if receive is not None:
+                    receive.remote.skipped(report.reason)
+            case ReceiveOpened():
+                self._opened(receive, report)
+            case ReceiveEnded():
+                if receive is not None and not report.cause and report.rank in receive.opened:
+                    receive.arrived[report.rank] = report
+                    receive.changed.set()
+
+    def _opened(self, receive: Receive | None, report: ReceiveOpened) -> None:
+        if receive is None:  # aborted in the meantime: nobody was asked, so nobody will write
+            self._command(Settle(report.transfer_id, "", closed=True))
+            return
+        receive.opened[report.rank] = report
+        receive.local_blocks = report.first_block
+        receive.changed.set()
+        if not receive.driven:
+            receive.driven = True
+            self._group.create_task(self._drive(receive), name=f"receive {receive.request_id}")
+
+    async def _drive(self, receive: Receive) -> None:
+        try:
+            while not await self._attempt(receive):
+                pass
+        finally:
+            self._receives.pop(receive.request_id, None)
+
+    async def _attempt(self, receive: Receive) -> bool:
+        """Ask one candidate; True when the request needs no other."""
+        while len(receive.opened) < self._ranks and not receive.unwanted:
+            await self._change(receive)
+        if not receive.opened:
+            return True  # aborted while it waited for staging
+        transfer_id = next(iter(receive.opened.values())).transfer_id
+        if receive.unwanted:
+            self._command(Settle(transfer_id, "", closed=True))
+            return True
+        try:
+            await receive.remote.ask(self._target(receive, transfer_id))
+        except PrefillFailed as failure:
+            return self._failed(receive, transfer_id, closed=failure.cause != "silent")
+        # Every piece has been written; what is left is to scatter the last ones.
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while len(receive.arrived) < self._ranks and not receive.unwanted:
+                    await self._change(receive)
+        except TimeoutError:
+            return self._failed(receive, transfer_id, closed=True)
+        if len(receive.arrived) == self._ranks:
+            receive.remote.transferred(_summary(list(receive.arrived.values())))
+        else:
+            self._command(Settle(transfer_id, receive.remote.asked, closed=True))
+        return True
+
+    def _failed(self, receive: Receive, transfer_id: int, *, closed: bool) -> bool:
+        self._command(Settle(transfer_id, receive.remote.asked, closed))
+        if receive.unwanted:
+            return True
+        receive.opened.clear()
+        receive.arrived.clear()
+        if receive.remote.more:
+            self._command(Reopen(receive.request_id, transfer_id))
+            return False
+        self._command(GiveUp(receive.request_id, transfer_id))
+        return True
+
+    def _target(self, receive: Receive, transfer_id: int) -> PushTarget:
+        opened = [receive.opened[rank] for rank in sorted(receive.opened)]
+        ranks: tuple[RankTarget, ...] = tuple(one.target for one in opened)
+        return PushTarget(transfer_id, self._incarnation, opened[0].first_block, opened[0].num_blocks, ranks)
+
+    @staticmethod
+    async def _change(receive: Receive) -> None:
+        await receive.changed.wait()
+        receive.changed.clear()
+
+
+def _summary(ends: Sequence[ReceiveEnded]) -> TransferReport:
+    return TransferReport(
+        bytes=sum(end.bytes for end in ends),
+        blocks=ends[0].blocks,
+        pieces=sum(end.pieces for end in ends),
+        backend="nixl/UCX",
+        started_ns=min(end.started_ns for end in ends),
+        ended_ns=max(end.ended_ns for end in ends),
+    )

@@ -1,0 +1,364 @@
+"""The engine around vLLM's AsyncLLM: this process talks to it; an EngineCore process computes and moves KV.
+
+`prepare` builds it before any thread or event loop exists: on CPU the EngineCore is forked from a process that has
+vLLM imported already, which is ready in 3–5 s where a fresh process needs 20–44 s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import torch
+import vllm
+from vllm.config import KVEventsConfig, KVTransferConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs.engine import tokens_input
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from dynamo_lite.config import ProcessSpec, WorkerGroup
+from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerError
+from dynamo_lite.plane.wire import Fingerprint, Incarnation, Role, Sampling, TokenLogprob
+from kvbm.events import KvEvent, Tier
+from workers.connector.channel import WorkerEnd
+from workers.connector.protocol import (
+    PUSH,
+    REMOTE,
+    REQUEST_ID,
+    Hello,
+    Holds,
+    PeerGone,
+    PushEnded,
+    Report,
+    StopPush,
+)
+from workers.engine import EngineInfo, EngineLoad, Job, Output, PrefillJob
+from workers.kv_feed import KvFeed
+from workers.receives import Receives
+from workers.vllm_stats import EngineStats, stat_logger
+
+_HELLO_TIMEOUT_S = 30.0
+_DEATH_POLL_S = 0.2
+_CPU_BLOCK_SIZE = 32  # vLLM's CPU attention takes multiples of 32
+_CPU_KV_CACHE = 512 * 2**20
+
+
+@dataclass(slots=True)
+class Push:
+    """A prompt being computed for a decode worker: which ranks have ended, and how."""
+
+    causes: dict[int, str] = field(default_factory=dict)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class VllmEngine:
+    """See `workers.engine.Engine`."""
+
+    def __init__(self, spec: ProcessSpec, role: Role, incarnation: Incarnation) -> None:
+        self._spec, self._role, self._incarnation = spec, role, incarnation
+        group = getattr(spec.config.workers, role.value)
+        assert isinstance(group, WorkerGroup)
+        self._workers = group
+        self._ranks = group.tensor_parallel
+        self._timeout_s = spec.config.kv_transfer.timeout_ms / 1000
+        self._channel = WorkerEnd()
+        self._stats = EngineStats()
+        self._hellos: dict[int, Hello] = {}
+        self._hello = asyncio.Event()
+        self._holds: dict[int, dict[str, int]] = {}
+        self._pushes: dict[str, Push] = {}
+        self._stack = AsyncExitStack()
+        self._llm: AsyncLLM | None = None
+        self._feed: KvFeed | None = None
+        self._receives: Receives | None = None
+        self._blocks = 0
+
+    # ---- life ----
+
+    def prepare(self) -> None:
+        """Load the model in an EngineCore process; blocks until it is ready. Raises StartError."""
+        try:
+            config = self._arguments().create_engine_config()
+            if vllm.platforms.current_platform.is_cpu():
+                # After create_engine_config, which insists on spawn.
+                os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+            self._llm = AsyncLLM.from_vllm_config(config, stat_loggers=[stat_logger(self._stats)])
+        except (RuntimeError, ValueError, OSError) as error:
+            raise StartError(self._spec.name, f"vLLM did not start: {error}") from error
+        self._config = config
+
+    def _arguments(self) -> AsyncEngineArgs:
+        config, transfer = self._spec.config, self._spec.config.kv_transfer
+        values: dict[str, Any] = {
+            "model": str(self._spec.model_path),
+            "skip_tokenizer_init": True,  # the frontend tokenises
+            "dtype": config.dtype,
+            "kv_cache_dtype": config.kv_cache_dtype,
+            "max_model_len": config.max_model_len,
+            "tensor_parallel_size": self._ranks,
+            "max_num_seqs": self._workers.max_num_seqs,
+            "enable_prefix_caching": True,
+            "prefix_caching_hash_algo": "sha256_cbor",
+            "enable_log_requests": False,
+            "kv_events_config": KVEventsConfig(
+                enable_kv_cache_events=True,
+                publisher="zmq",
+                endpoint=self._channel.endpoint("events"),
+                replay_endpoint=self._channel.endpoint("replay"),
+            ),
+            "kv_transfer_config": KVTransferConfig(
+                kv_connector="DynamoLiteConnector",
+                kv_connector_module_path="workers.connector.connector",
+                kv_role="kv_both",
+                kv_load_failure_policy="recompute",
+                kv_connector_extra_config={
+                    "channel": self._channel.path,
+                    "incarnation": self._incarnation,
+                    "min_remote_tokens": transfer.min_remote_tokens,
+                    "staging": transfer.staging,
+                    "piece": transfer.piece,
+                    "window": transfer.window,
+                    "threads": transfer.transport_threads,
+                    "timeout_s": self._timeout_s,
+                },
+            ),
+        }
+        if vllm.platforms.current_platform.is_cpu():
+            values |= {"enforce_eager": True, "block_size": _CPU_BLOCK_SIZE}
+            values["kv_cache_memory_bytes"] = self._spec.kv_cache or _CPU_KV_CACHE
+            if self._role.decodes:
+                # A seeded request whose prompt is computed in parts ends vLLM's engine on CPU (0.32: "CPU Generator
+                # does not use offset"). Prefill workers sample nothing that counts, so they keep computing in parts.
+                values["enable_chunked_prefill"] = False
+        elif self._spec.kv_cache:
+            values["kv_cache_memory_bytes"] = self._spec.kv_cache
+        if config.block_size:
+            values["block_size"] = config.block_size
+        return AsyncEngineArgs(**(values | self._workers.args))
+
+    async def start(self) -> EngineInfo:
+        """Meet the connectors. Raises StartError when one of them did not come up."""
+        await self._channel.serve(self._report)
+        try:
+            async with asyncio.timeout(_HELLO_TIMEOUT_S):
+                while len(self._hellos) < self._ranks + 1:
+                    await self._hello.wait()
+                    self._hello.clear()
+        except TimeoutError:
+            raise StartError(self._spec.name, "the transfer engine did not come up") from None
+        group = await self._stack.enter_async_context(asyncio.TaskGroup())
+        self._receives = Receives(self._incarnation, self._ranks, self._channel.command, self._timeout_s, group)
+        self._feed = KvFeed(self._channel.endpoint("events"), self._channel.endpoint("replay"))
+        hello = self._hellos[0]
+        self._blocks = hello.kv_blocks
+        return EngineInfo(
+            self._fingerprint(hello),
+            hello.kv_blocks,
+            self._config.model_config.max_model_len,
+            self._workers.max_num_seqs,
+        )
+
+    def _fingerprint(self, hello: Hello) -> Fingerprint:
+        model = self._config.model_config
+        cpu = hello.device == "cpu"
+        return Fingerprint(
+            model=self._spec.config.model,
+            revision=self._spec.config.revision or "",
+            dtype=str(model.dtype).removeprefix("torch."),
+            kv_dtype=str(self._config.cache_config.cache_dtype),
+            kv_layout=hello.kv_layout,
+            block_size=self._config.cache_config.block_size,
+            block_bytes=hello.block_bytes,
+            tensor_parallel=self._ranks,
+            engine="vllm",
+            # vLLM's CPU attention packs keys and values for the instruction set.
+            device=f"cpu:{torch.backends.cpu.get_cpu_capability()}" if cpu else hello.device,
+        )
+
+    async def failed(self) -> str:
+        while not self._engine.errored:  # noqa: ASYNC110  # vLLM offers a flag, no event
+            await asyncio.sleep(_DEATH_POLL_S)
+        return "vLLM's EngineCore process died"
+
+    async def close(self) -> None:
+        if self._llm is not None:
+            await asyncio.to_thread(self._llm.shutdown)
+        await self._stack.aclose()
+        if self._feed is not None:
+            self._feed.close()
+        self._channel.close()
+
+    @property
+    def _engine(self) -> AsyncLLM:
+        assert self._llm is not None, "the engine was not prepared"
+        return self._llm
+
+    # ---- reports of the connectors ----
+
+    def _report(self, report: Report) -> None:
+        match report:
+            case Hello():
+                self._hellos[report.rank] = report
+                self._hello.set()
+            case Holds():
+                self._holds[report.rank] = report.blocks
+            case PushEnded():
+                push = self._pushes.get(report.request_id)
+                if push is not None:
+                    push.causes[report.rank] = report.cause
+                    push.changed.set()
+            case _:
+                assert self._receives is not None, "a receive was opened before the engine was started"
+                self._receives.handle(report)
+
+    # ---- decode ----
+
+    async def generate(self, job: Job) -> AsyncGenerator[Output, None]:
+        params: dict[str, Any] | None = None
+        receive = None
+        if job.remote is not None:
+            assert self._receives is not None
+            receive = self._receives.expect(job.request_id, job.remote)
+            params = {REQUEST_ID: job.request_id, REMOTE: True}
+        stream = self._engine.generate(
+            tokens_input(job.token_ids, cache_salt=job.cache_salt),
+            sampling_params(job.sampling, params),
+            job.request_id,
+            trace_headers=job.trace_headers or None,
+        )
+        first = True
+        try:
+            async for result in stream:
+                cached = None
+                if first:
+                    local = receive.local_blocks if receive is not None else None
+                    cached = result.num_cached_tokens or 0
+                    if local is not None:  # then vLLM counts what was transferred too
+                        cached = local * self._config.cache_config.block_size
+                    first = False
+                yield _output(result, cached)
+        except EngineDeadError as error:
+            raise WorkerError("the engine died") from error
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+        finally:
+            await stream.aclose()
+            if self._receives is not None and receive is not None:
+                self._receives.release(job.request_id)
+
+    # ---- prefill ----
+
+    async def prefill(self, job: PrefillJob) -> int:
+        push = self._pushes[job.request_id] = Push()
+        cached = 0
+        try:
+            async with asyncio.timeout(job.timeout_s):
+                params = {REQUEST_ID: job.request_id, PUSH: msgspec.msgpack.encode(job.target)}
+                async for result in self._engine.generate(
+                    tokens_input(job.token_ids, cache_salt=job.cache_salt),
+                    sampling_params(Sampling(max_tokens=1, temperature=0.0), params),
+                    job.request_id,
+                ):
+                    cached = result.num_cached_tokens or 0
+                await self._pushed(push)
+        except TimeoutError as error:
+            raise PrefillFailed("deadline") from error
+        except EngineDeadError as error:
+            raise PrefillFailed("engine_died") from error
+        except ValueError as error:
+            raise PrefillFailed("refused", str(error)) from error
+        finally:
+            if len(push.causes) < self._ranks:
+                await self._stop(job.request_id, push)
+            self._pushes.pop(job.request_id, None)
+        cause = next((cause for cause in push.causes.values() if cause), "")
+        if cause:
+            raise PrefillFailed(cause)
+        return cached
+
+    async def _pushed(self, push: Push) -> None:
+        """Until every rank has ended."""
+        while len(push.causes) < self._ranks:
+            await push.changed.wait()
+            push.changed.clear()
+
+    async def _stop(self, request_id: str, push: Push) -> None:
+        """End a push early, and return once no rank writes any more: the caller may then say so."""
+        if self._engine.errored:
+            return  # its processes, which did the writing, are gone
+        self._channel.command(StopPush(request_id))
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._pushed(push)
+        except TimeoutError:
+            raise PrefillFailed("silent", "the transfer engine does not answer") from None
+
+    def peer_gone(self, incarnation: str) -> None:
+        self._channel.command(PeerGone(incarnation))
+
+    # ---- state ----
+
+    async def kv_events(self) -> AsyncIterator[tuple[KvEvent, ...]]:
+        assert self._feed is not None
+        async for events in self._feed.events():
+            yield events
+
+    def snapshot(self) -> dict[Tier, tuple[int, ...]]:
+        assert self._feed is not None
+        return self._feed.snapshot()
+
+    def load(self) -> EngineLoad:
+        held: dict[str, int] = {}
+        for blocks in self._holds.values():  # every rank holds the same blocks
+            for reason, count in blocks.items():
+                held[reason] = max(held.get(reason, 0), count)
+        stats = self._stats
+        return EngineLoad(stats.running, stats.waiting, round(stats.kv_usage * self._blocks), self._blocks, held)
+
+
+def sampling_params(sampling: Sampling, kv_transfer: dict[str, Any] | None) -> SamplingParams:
+    """Ours as vLLM's. Text stop strings and EOS are the frontend's: only ids in `stop_token_ids` end a sequence."""
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        min_tokens=sampling.min_tokens,
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=True,
+        logprobs=sampling.logprobs,
+        logit_bias=sampling.logit_bias,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+        extra_args={"kv_transfer_params": kv_transfer} if kv_transfer else None,
+    )
+
+
+def _output(result: RequestOutput, cached: int | None) -> Output:
+    (sequence,) = result.outputs
+    token_ids = list(sequence.token_ids)
+    logprobs = None
+    if sequence.logprobs is not None:
+        logprobs = [
+            TokenLogprob(
+                token_id,
+                position[token_id].logprob,
+                tuple((other, entry.logprob) for other, entry in position.items()),
+            )
+            for token_id, position in zip(token_ids, sequence.logprobs, strict=True)
+        ]
+    stop = sequence.stop_reason
+    return Output(token_ids, logprobs, sequence.finish_reason, stop if isinstance(stop, int) else None, cached)

@@ -1,0 +1,52 @@
+"""vLLM's per-step statistics, kept as the few numbers a load report needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.stats import IterationStats, SchedulerStats
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """As of the engine's last step."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0  # of 1
+
+
+class LoadLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is not followed by mypy
+    """Called by AsyncLLM after every step."""
+
+    def __init__(self, stats: EngineStats) -> None:
+        self._stats = stats
+
+    def record(
+        self,
+        scheduler_stats: SchedulerStats | None,
+        iteration_stats: IterationStats | None,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        if scheduler_stats is not None:
+            self._stats.running = scheduler_stats.num_running_reqs
+            skipped = getattr(scheduler_stats, "num_skipped_waiting_reqs", 0)  # e.g. waiting for remote KV
+            self._stats.waiting = scheduler_stats.num_waiting_reqs + skipped
+            self._stats.kv_usage = scheduler_stats.kv_cache_usage
+
+    def log_engine_initialized(self) -> None:
+        return
+
+
+def stat_logger(stats: EngineStats) -> Callable[[VllmConfig, int], StatLoggerBase]:
+    """What AsyncLLM wants: a factory called with its configuration and the engine's index."""
+
+    def make(config: VllmConfig, index: int = 0) -> StatLoggerBase:
+        return LoadLogger(stats)
+
+    return make
