@@ -1,0 +1,58 @@
+"""What a placement costs: a pure function of what is known about each worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dynamo_lite import config
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What is known of one decode worker for one prompt."""
+
+    name: str
+    prompt_blocks: int
+    overlap_blocks: int  # of them, those it holds
+    busy_blocks: float  # of the requests it works on or has queued
+
+
+def score(candidate: Candidate, weights: config.Router) -> float:
+    """Lower is better. The unit is the work of one block."""
+    match weights.mode:
+        case "kv":
+            missing = candidate.prompt_blocks - candidate.overlap_blocks
+            return weights.overlap_weight * missing + weights.load_weight * candidate.busy_blocks
+        case "least_loaded":
+            return candidate.busy_blocks
+        case "round_robin":
+            return 0.0
+
+
+def cheapest(scores: Sequence[float], turn: int) -> int:
+    """The position of the lowest score; equal ones take turns, so that ties spread."""
+    lowest = min(scores)
+    tied = [position for position, value in enumerate(scores) if value == lowest]
+    return tied[turn % len(tied)]
+
+
+def reason(candidates: Sequence[Candidate], chosen: int, weights: config.Router) -> str:
+    """The decision in one sentence: "prefix 12/20 blocks on decode-0; load 3.0 vs 5.0"."""
+    winner = candidates[chosen]
+    others = [other for position, other in enumerate(candidates) if position != chosen]
+    if weights.mode == "round_robin":
+        return f"round robin over {len(candidates)}: {winner.name}"
+    load = f"load {winner.busy_blocks:.1f}"
+    if others:
+        load += f" vs {min(other.busy_blocks for other in others):.1f}"
+    if weights.mode == "least_loaded":
+        return f"least loaded: {winner.name}; {load}"
+    if winner.overlap_blocks:
+        prefix = f"prefix {winner.overlap_blocks}/{winner.prompt_blocks} blocks on {winner.name}"
+    else:
+        prefix = f"no prefix of {winner.prompt_blocks} blocks on {winner.name}"
+    longest = max(others, key=lambda other: other.overlap_blocks, default=None)
+    if longest is not None and longest.overlap_blocks > winner.overlap_blocks:
+        prefix += f", though {longest.name} has {longest.overlap_blocks} at load {longest.busy_blocks:.1f}"
+    return f"{prefix}; {load}"

@@ -1,0 +1,145 @@
+"""What the router knows of the workers: who is there, what they hold, how busy they are. No I/O here."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+
+from dynamo_lite.plane.wire import Fingerprint, Incarnation, InstanceRecord, LoadReport, Role
+from dynamo_lite.router import metrics
+from dynamo_lite.router.load import WorkerLoad
+from kvbm.events import KvEventBatch, KvSnapshot
+from kvbm.index import PrefixIndex
+
+REVIVE_AFTER_S = 0.5  # a report this long after a worker was called lost was not under way at that time
+BUFFERED_BATCHES = 4096  # kept while waiting for a snapshot; with more, another snapshot is asked for
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Instance:
+    """One live worker."""
+
+    record: InstanceRecord
+    load: WorkerLoad = field(default_factory=WorkerLoad)
+    lost_at: float | None = None  # monotonic seconds
+    waiting: bool = True  # for a snapshot; batches are buffered meanwhile
+    buffer: deque[KvEventBatch] = field(default_factory=lambda: deque(maxlen=BUFFERED_BATCHES))
+
+    @property
+    def usable(self) -> bool:
+        return self.lost_at is None and not self.load.draining
+
+
+class Roster:
+    """The workers. `ask_snapshot` is called when one of them must tell all of its blocks."""
+
+    def __init__(self, ask_snapshot: Callable[[Instance], None]) -> None:
+        self.index = PrefixIndex()
+        self._instances: dict[Incarnation, Instance] = {}
+        self._ask_snapshot = ask_snapshot
+        self._mismatches: dict[tuple[Fingerprint, Fingerprint], str | None] = {}
+
+    def __contains__(self, incarnation: Incarnation) -> bool:
+        return incarnation in self._instances
+
+    def instance(self, incarnation: Incarnation) -> Instance | None:
+        return self._instances.get(incarnation)
+
+    def usable(self, roles: Collection[Role]) -> list[Instance]:
+        """Workers of these roles that may be given work, in the order they came."""
+        return [each for each in self._instances.values() if each.record.role in roles and each.usable]
+
+    def prefillers(self, decode: Instance) -> list[Instance]:
+        """Prefill workers that can push KV to this decode worker, least loaded first."""
+        fitting = [each for each in self.usable([Role.PREFILL]) if self._compatible(decode.record, each.record)]
+        return sorted(fitting, key=lambda each: each.load.busy_blocks)
+
+    def join(self, record: InstanceRecord) -> None:
+        """A worker registered. Its blocks are unknown until its snapshot comes."""
+        if record.incarnation in self._instances:
+            self._instances[record.incarnation].record = record
+            return
+        instance = self._instances[record.incarnation] = Instance(record)
+        log.info("%s joined (%s)", record.name, record.incarnation)
+        self._count_workers()
+        self._ask_snapshot(instance)
+
+    def leave(self, incarnation: Incarnation) -> None:
+        """A worker's registration ended."""
+        instance = self._instances.pop(incarnation, None)
+        if instance is not None:
+            log.info("%s left (%s)", instance.record.name, incarnation)
+            self.index.remove_worker(incarnation)
+            self._count_workers()
+
+    def lost(self, incarnation: Incarnation) -> None:
+        """The request path found the worker gone: place nothing there, unless it reports again."""
+        instance = self._instances.get(incarnation)
+        if instance is not None and instance.lost_at is None:
+            log.warning("%s is lost (%s)", instance.record.name, incarnation)
+            instance.lost_at = time.monotonic()
+
+    def take_report(self, report: LoadReport) -> None:
+        """A worker's load; its `kv_seq` shows when its last KV event batches were lost."""
+        instance = self._instances.get(report.worker)
+        if instance is None:
+            return
+        if instance.lost_at is not None and time.monotonic() - instance.lost_at > REVIVE_AFTER_S:
+            log.warning("%s is back (%s)", instance.record.name, report.worker)
+            instance.lost_at = None
+        before = instance.load.report
+        instance.load.take(report)
+        # Batches may be on their way still, but not those that the report before this one spoke of.
+        if before is not None and before.kv_seq > self.index.seq(report.worker) and not instance.waiting:
+            self._gap(instance)
+        metrics.INDEX_BLOCKS.set(self.index.blocks)
+
+    def take_batch(self, batch: KvEventBatch) -> None:
+        """KV events of one engine step."""
+        instance = self._instances.get(Incarnation(batch.worker))
+        if instance is None:
+            return
+        if instance.waiting:
+            instance.buffer.append(batch)
+        elif not self.index.apply(batch):
+            instance.buffer.append(batch)
+            self._gap(instance)
+
+    def take_snapshot(self, snapshot: KvSnapshot) -> bool:
+        """All blocks of a worker. False when batches after it are missing, and another one is needed."""
+        instance = self._instances.get(Incarnation(snapshot.worker))
+        if instance is None:
+            return True
+        metrics.SNAPSHOTS.inc()
+        self.index.load(snapshot)
+        while instance.buffer:
+            if not self.index.apply(instance.buffer[0]):
+                metrics.GAPS.inc()
+                return False
+            instance.buffer.popleft()
+        instance.waiting = False
+        return True
+
+    def _gap(self, instance: Instance) -> None:
+        log.warning("KV events of %s were lost; asking for a snapshot", instance.record.name)
+        metrics.GAPS.inc()
+        instance.waiting = True
+        self._ask_snapshot(instance)
+
+    def _compatible(self, decode: InstanceRecord, prefill: InstanceRecord) -> bool:
+        pair = (decode.fingerprint, prefill.fingerprint)
+        if pair not in self._mismatches:
+            self._mismatches[pair] = mismatch = decode.fingerprint.mismatch(prefill.fingerprint)
+            if mismatch:
+                log.warning("%s cannot take KV from %s: %s", decode.name, prefill.name, mismatch)
+        return self._mismatches[pair] is None
+
+    def _count_workers(self) -> None:
+        roles: Iterable[Role] = [each.record.role for each in self._instances.values()]
+        for role in Role:
+            metrics.WORKERS.labels(role.value).set(sum(each is role for each in roles))

@@ -1,0 +1,130 @@
+"""Placing a request: in this process, without I/O, from what the roster knows now."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from dynamo_lite import config
+from dynamo_lite.errors import NoInstance
+from dynamo_lite.plane.wire import Incarnation, InstanceRecord, Role
+from dynamo_lite.router import metrics
+from dynamo_lite.router.cost import Candidate, cheapest, reason, score
+from dynamo_lite.router.load import Booking
+from dynamo_lite.router.roster import Instance, Roster
+from kvbm.hashing import block_hashes
+
+
+@dataclass(slots=True)
+class Placement:
+    """Where one request goes, and why."""
+
+    decode: InstanceRecord
+    prefill: tuple[InstanceRecord, ...]  # candidates, best first; empty: the decode worker computes
+    overlap_blocks: int
+    prompt_blocks: int
+    reason: str
+    scores: dict[str, float]  # by worker name, lower is better
+    _decode: Instance
+    _prefill: Instance | None
+    _computing: list[Booking] = field(default_factory=list)
+
+    @contextmanager
+    def booked(self) -> Iterator[None]:
+        """Count the request as load of its workers while the body runs."""
+        missing = self.prompt_blocks - self.overlap_blocks
+        with ExitStack() as bookings:
+            # What is missing is work for whoever computes it, until the first token; the context is work for the
+            # decode worker at every step.
+            computes = self._prefill or self._decode
+            bookings.enter_context(self._decode.load.booked(self.prompt_blocks))
+            self._computing.append(bookings.enter_context(computes.load.booked(missing)))
+            yield
+
+    def observed(self, cached_tokens: int) -> None:
+        """The first token came: the prompt is computed, and this much of it was on the decode worker."""
+        for booking in self._computing:
+            booking.reduce(booking.blocks)
+        actual = cached_tokens // self.decode.fingerprint.block_size
+        metrics.PREDICTED_BLOCKS.inc(self.overlap_blocks)
+        metrics.ACTUAL_BLOCKS.inc(actual)
+        metrics.MISPREDICTED_BLOCKS.set(self.overlap_blocks - actual)
+
+
+class Router:
+    """Chooses workers for requests."""
+
+    def __init__(self, roster: Roster, weights: config.Router) -> None:
+        self._roster, self._weights = roster, weights
+        self._turn = 0
+
+    def place(
+        self,
+        token_ids: Sequence[int],
+        *,
+        cache_salt: str | None = None,
+        exclude: Collection[Incarnation] = (),
+    ) -> Placement:
+        """The cheapest decode worker and its prefill candidates. NoInstance when none is left."""
+        usable = self._roster.usable((Role.DECODE, Role.BOTH))
+        instances = [each for each in usable if each.record.incarnation not in exclude]
+        if not instances:
+            raise NoInstance("decode", len(exclude))
+        overlaps = self._overlaps(instances, token_ids, cache_salt)
+        candidates = [
+            Candidate(
+                each.record.name,
+                -(-len(token_ids) // each.record.fingerprint.block_size),
+                overlaps.get(each.record.incarnation, 0),
+                each.load.busy_blocks,
+            )
+            for each in instances
+        ]
+        scores = [score(candidate, self._weights) for candidate in candidates]
+        chosen = cheapest(scores, self._turn)
+        self._turn += 1
+        prefill = self._prefill_candidates(instances[chosen], exclude)
+        winner = candidates[chosen]
+        metrics.PLACED.labels(winner.name).inc()
+        metrics.PROMPT_BLOCKS.inc(winner.prompt_blocks)
+        return Placement(
+            decode=instances[chosen].record,
+            prefill=tuple(each.record for each in prefill),
+            overlap_blocks=winner.overlap_blocks,
+            prompt_blocks=winner.prompt_blocks,
+            reason=reason(candidates, chosen, self._weights),
+            scores={candidate.name: value for candidate, value in zip(candidates, scores, strict=True)},
+            _decode=instances[chosen],
+            _prefill=prefill[0] if prefill else None,
+        )
+
+    def _overlaps(
+        self, instances: Sequence[Instance], token_ids: Sequence[int], cache_salt: str | None
+    ) -> dict[str, int]:
+        """Leading blocks of the prompt each worker holds.
+
+        The last token is always computed, so a block that ends the prompt is never of use.
+        """
+        sizes = {each.record.fingerprint.block_size for each in instances}
+        if self._weights.mode != "kv" or len(token_ids) < 2:
+            return {}
+        overlaps: dict[str, int] = {}
+        for size in sizes:  # nearly always one
+            depths = self._roster.index.match(block_hashes(token_ids, size, cache_salt))
+            longest = (len(token_ids) - 1) // size
+            for each in instances:
+                if each.record.fingerprint.block_size == size:
+                    incarnation = each.record.incarnation
+                    overlaps[incarnation] = min(depths.get(incarnation, 0), longest)
+        return overlaps
+
+    def _prefill_candidates(self, decode: Instance, exclude: Collection[Incarnation]) -> list[Instance]:
+        if decode.record.role is Role.BOTH:
+            return []
+        fitting = [each for each in self._roster.prefillers(decode) if each.record.incarnation not in exclude]
+        if fitting:
+            # Of those that are equally idle another one is first each time.
+            first = cheapest([each.load.busy_blocks for each in fitting], self._turn)
+            fitting.insert(0, fitting.pop(first))
+        return fitting[: self._weights.prefill_candidates]

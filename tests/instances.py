@@ -1,0 +1,50 @@
+"""Instance records and rosters for tests."""
+
+from __future__ import annotations
+
+import msgspec
+
+from dynamo_lite.plane.wire import Fingerprint, Incarnation, InstanceRecord, LoadReport, Role
+from dynamo_lite.router.roster import Instance, Roster
+from kvbm.events import BlocksStored, KvEventBatch, KvSnapshot
+
+FINGERPRINT = Fingerprint("tiny", "r1", "float32", "float32", "HND", 16, 1024, 1, "sim", "cpu:any")
+
+
+def record(name: str, role: Role = Role.DECODE, **fingerprint: object) -> InstanceRecord:
+    return InstanceRecord(
+        name=name,
+        incarnation=Incarnation(f"{name}-incarnation"),
+        role=role,
+        host="localhost",
+        pid=1,
+        served_model="tiny",
+        fingerprint=msgspec.structs.replace(FINGERPRINT, **fingerprint),
+        kv_blocks=1000,
+        max_model_len=4096,
+        max_num_seqs=64,
+    )
+
+
+def roster(*records: InstanceRecord) -> Roster:
+    """A roster whose workers answered with an empty snapshot each."""
+    workers = Roster(lambda instance: None)
+    for each in records:
+        workers.join(each)
+        workers.take_snapshot(KvSnapshot(each.incarnation, 0, {}))
+    return workers
+
+
+def store(workers: Roster, worker: InstanceRecord, hashes: list[int]) -> None:
+    seq = workers.index.seq(worker.incarnation) + 1
+    workers.take_batch(KvEventBatch(worker.incarnation, seq, (BlocksStored(tuple(hashes)),)))
+
+
+def report(worker: InstanceRecord, seq: int = 1, *, used: int = 0, running: int = 0, **more: int) -> LoadReport:
+    return LoadReport(worker.incarnation, seq, running, more.pop("waiting", 0), used, 1000, **more)  # type: ignore[arg-type]
+
+
+def instance(workers: Roster, worker: InstanceRecord) -> Instance:
+    found = workers.instance(worker.incarnation)
+    assert found is not None
+    return found

@@ -1,0 +1,125 @@
+"""The roster recovers from lost events and lost workers."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from dynamo_lite.plane.wire import Role
+from dynamo_lite.router import roster as roster_module
+from dynamo_lite.router.roster import Instance, Roster
+from kvbm.events import BlocksStored, KvEventBatch, KvSnapshot, Tier
+from tests.instances import instance, record, report, roster, store
+
+
+def batch(worker: str, seq: int, *hashes: int) -> KvEventBatch:
+    return KvEventBatch(worker, seq, (BlocksStored(hashes),))
+
+
+D0, D1 = record("decode-0"), record("decode-1")
+
+
+class Asked(list[str]):
+    """Collects the names of the workers whose snapshot was asked for."""
+
+    def __call__(self, instance: Instance) -> None:
+        self.append(instance.record.name)
+
+
+def test_batches_that_come_before_the_snapshot_are_applied_after_it() -> None:
+    asked = Asked()
+    workers = Roster(asked)
+    workers.join(D0)
+    assert asked == ["decode-0"]
+    for seq in (4, 5, 6):
+        workers.take_batch(batch(D0.incarnation, seq, seq))
+    assert workers.index.match([4]) == {}
+    assert workers.take_snapshot(KvSnapshot(D0.incarnation, 5, {Tier.DEVICE: (1, 4)}))
+    assert workers.index.match([1, 4, 6]) == {D0.incarnation: 3}
+    assert workers.index.match([5]) == {}, "batch 5 is older than the snapshot, which lacks its block"
+    workers.take_batch(batch(D0.incarnation, 7, 7))
+    assert workers.index.seq(D0.incarnation) == 7
+    assert asked == ["decode-0"]
+
+
+def test_a_gap_asks_for_one_snapshot_only() -> None:
+    asked = Asked()
+    workers = Roster(asked)
+    workers.join(D0)
+    workers.take_snapshot(KvSnapshot(D0.incarnation, 0, {}))
+    for seq in (1, 3, 4):
+        workers.take_batch(batch(D0.incarnation, seq, seq))
+    assert asked == ["decode-0", "decode-0"]
+    assert workers.take_snapshot(KvSnapshot(D0.incarnation, 3, {Tier.DEVICE: (1, 2, 3)}))
+    assert workers.index.match([1, 2, 3, 4]) == {D0.incarnation: 4}
+
+
+def test_a_snapshot_older_than_the_gap_is_not_enough() -> None:
+    workers = roster(D0)
+    for seq in (1, 5):
+        workers.take_batch(batch(D0.incarnation, seq, seq))
+    assert not workers.take_snapshot(KvSnapshot(D0.incarnation, 3, {Tier.DEVICE: (1,)}))
+    assert workers.take_snapshot(KvSnapshot(D0.incarnation, 4, {Tier.DEVICE: (1, 4)}))
+    assert workers.index.match([1, 4, 5]) == {D0.incarnation: 3}
+
+
+def test_a_report_reveals_that_the_last_batch_was_lost() -> None:
+    asked = Asked()
+    workers = Roster(asked)
+    workers.join(D0)
+    workers.take_snapshot(KvSnapshot(D0.incarnation, 3, {}))
+    asked.clear()
+    workers.take_report(report(D0, 1, kv_seq=4))
+    assert asked == [], "the batch may be on its way"
+    workers.take_report(report(D0, 2, kv_seq=4))
+    assert asked == ["decode-0"]
+    workers.take_report(report(D0, 3, kv_seq=4))
+    assert asked == ["decode-0"], "one is under way already"
+
+
+def test_a_worker_that_left_is_forgotten_with_its_blocks_and_bookings() -> None:
+    workers = roster(D0, D1)
+    store(workers, D0, [1, 2])
+    with instance(workers, D0).load.booked(10):
+        workers.leave(D0.incarnation)
+        assert D0.incarnation not in workers
+        assert workers.index.match([1]) == {}
+        workers.join(D0)
+        assert instance(workers, D0).load.busy_blocks == 0
+    assert instance(workers, D0).load.busy_blocks == 0
+    workers.leave(D0.incarnation)
+    workers.leave(D0.incarnation)
+    workers.take_batch(batch(D0.incarnation, 1, 1))
+    workers.take_report(report(D0))
+    assert workers.take_snapshot(KvSnapshot(D0.incarnation, 1, {Tier.DEVICE: (1,)}))
+    assert workers.index.match([1]) == {}, "late messages of a worker that left change nothing"
+
+
+def test_a_lost_worker_gets_nothing_until_it_reports_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = roster(D0, D1)
+    workers.lost(D0.incarnation)
+    assert [each.record for each in workers.usable([Role.DECODE])] == [D1]
+    workers.take_report(report(D0, 1))
+    assert len(workers.usable([Role.DECODE])) == 1, "that report was sent before it died"
+    monkeypatch.setattr(roster_module, "REVIVE_AFTER_S", 0.0)
+    workers.take_report(report(D0, 2))
+    assert len(workers.usable([Role.DECODE])) == 2
+
+
+def test_a_draining_worker_gets_nothing() -> None:
+    workers = roster(D0, D1)
+    workers.take_report(report(D0, 1, draining=True))
+    assert [each.record for each in workers.usable([Role.DECODE])] == [D1]
+
+
+def test_prefill_candidates_are_compatible_and_least_loaded_first(caplog: pytest.LogCaptureFixture) -> None:
+    p0, p1 = record("prefill-0", Role.PREFILL), record("prefill-1", Role.PREFILL)
+    other = record("prefill-2", Role.PREFILL, dtype="bfloat16")
+    workers = roster(D0, p0, p1, other)
+    workers.take_report(report(p0, 1, used=30, running=2))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert [each.record for each in workers.prefillers(instance(workers, D0))] == [p1, p0]
+    said = [line.getMessage() for line in caplog.records]
+    assert said == ["decode-0 cannot take KV from prefill-2: dtype differs: float32 here, bfloat16 there"]

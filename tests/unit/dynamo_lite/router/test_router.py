@@ -1,0 +1,130 @@
+"""Placement: prefix and load, ties, fallbacks, bookings."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import ExitStack
+
+import pytest
+
+from dynamo_lite.config import Router as Weights
+from dynamo_lite.errors import NoInstance
+from dynamo_lite.plane.wire import Role
+from dynamo_lite.router import metrics
+from dynamo_lite.router.router import Router
+from kvbm.hashing import block_hashes
+from tests.instances import instance, record, report, roster, store
+
+D = [record(f"decode-{i}") for i in range(4)]
+P = [record(f"prefill-{i}", Role.PREFILL) for i in range(3)]
+PROMPT = list(range(1000, 1320))  # 20 blocks
+
+
+def test_a_request_goes_to_the_worker_that_holds_its_prefix_and_says_so() -> None:
+    workers = roster(D[0], D[1])
+    store(workers, D[1], block_hashes(PROMPT[:192], 16))
+    workers.take_report(report(D[0], 1, used=5, running=1))
+    workers.take_report(report(D[1], 1, used=3, running=1))
+    placement = Router(workers, Weights()).place(PROMPT)
+    assert placement.decode == D[1]
+    assert (placement.overlap_blocks, placement.prompt_blocks) == (12, 20)
+    assert placement.reason == "prefix 12/20 blocks on decode-1; load 3.0 vs 5.0"
+    assert placement.scores == {"decode-0": 25.0, "decode-1": 11.0}
+
+
+def test_a_prefix_everyone_shares_does_not_herd_requests_onto_one_worker() -> None:
+    workers = roster(*D)
+    store(workers, D[0], block_hashes(PROMPT[:64], 16))
+    router = Router(workers, Weights())
+    with ExitStack() as running:
+        placed = Counter[str]()
+        for i in range(40):
+            placement = router.place([*PROMPT[:64], *([i] * 256)])
+            running.enter_context(placement.booked())
+            placed[placement.decode.name] += 1
+    assert max(placed.values()) - min(placed.values()) <= 2
+    assert all(instance(workers, each).load.busy_blocks == 0 for each in D)
+
+
+def test_equally_good_workers_take_turns() -> None:
+    router = Router(roster(*D), Weights())
+    assert Counter(router.place(PROMPT).decode.name for _ in range(40)) == {each.name: 10 for each in D}
+
+
+def test_round_robin_and_least_loaded_ignore_prefixes() -> None:
+    workers = roster(*D)
+    store(workers, D[0], block_hashes(PROMPT, 16))
+    turns = Router(workers, Weights(mode="round_robin"))
+    assert [turns.place(PROMPT).decode.name for _ in range(5)] == [D[i % 4].name for i in range(5)]
+    for i, each in enumerate(D):
+        workers.take_report(report(each, 1, used=10 - i, running=1))
+    assert Router(workers, Weights(mode="least_loaded")).place(PROMPT).decode == D[3]
+
+
+def test_the_block_that_ends_a_prompt_is_no_hit_since_its_last_token_is_computed() -> None:
+    workers = roster(D[0])
+    store(workers, D[0], block_hashes(PROMPT, 16))
+    router = Router(workers, Weights())
+    assert router.place(PROMPT).overlap_blocks == 19
+    assert router.place([*PROMPT, 5]).overlap_blocks == 20
+    assert router.place(PROMPT, cache_salt="tenant").overlap_blocks == 0
+
+
+def test_workers_of_other_block_sizes_are_matched_by_their_own_hashes() -> None:
+    coarse = record("decode-9", block_size=32)
+    workers = roster(D[0], coarse)
+    store(workers, coarse, block_hashes(PROMPT[:160], 32))
+    placement = Router(workers, Weights()).place(PROMPT)
+    assert (placement.decode, placement.overlap_blocks, placement.prompt_blocks) == (coarse, 5, 10)
+
+
+def test_excluded_and_lost_workers_are_passed_over_until_none_is_left() -> None:
+    workers = roster(D[0], D[1], *P)
+    router = Router(workers, Weights())
+    assert router.place(PROMPT, exclude={D[0].incarnation}).decode == D[1]
+    workers.lost(D[1].incarnation)
+    with pytest.raises(NoInstance) as caught:
+        router.place(PROMPT, exclude={D[0].incarnation})
+    assert (caught.value.role, caught.value.tried) == ("decode", 1)
+
+
+def test_an_aggregated_worker_decodes_without_prefill_workers() -> None:
+    placement = Router(roster(record("both-0", Role.BOTH), *P), Weights()).place(PROMPT)
+    assert (placement.decode.name, placement.prefill) == ("both-0", ())
+
+
+def test_prefill_candidates_are_few_and_the_idle_ones_take_turns() -> None:
+    router = Router(roster(D[0], *P), Weights(prefill_candidates=2))
+    firsts = [router.place(PROMPT).prefill for _ in range(6)]
+    assert all(len(candidates) == 2 for candidates in firsts)
+    assert Counter(candidates[0].name for candidates in firsts) == {each.name: 2 for each in P}
+
+
+def test_the_missing_blocks_are_the_prefill_workers_load_until_the_first_token() -> None:
+    workers = roster(D[0], P[0])
+    placement = Router(workers, Weights()).place(PROMPT)
+    decode, prefill = instance(workers, D[0]).load, instance(workers, P[0]).load
+    with placement.booked():
+        assert (decode.busy_blocks, prefill.busy_blocks) == (20, 20)
+        placement.observed(0)
+        assert (decode.busy_blocks, prefill.busy_blocks) == (20, 0)
+    assert (decode.busy_blocks, prefill.busy_blocks) == (0, 0)
+
+
+def test_without_prefill_workers_the_decode_worker_has_the_missing_blocks_as_well() -> None:
+    workers = roster(D[0])
+    with Router(workers, Weights()).place(PROMPT).booked():
+        assert instance(workers, D[0]).load.busy_blocks == 40
+
+
+def test_predicted_minus_actual_hits_are_measured() -> None:
+    workers = roster(D[0])
+    store(workers, D[0], block_hashes(PROMPT[:160], 16))
+    placement = Router(workers, Weights()).place(PROMPT)
+    placement.observed(cached_tokens=64)
+    assert metrics.MISPREDICTED_BLOCKS._value.get() == 6
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16])
+def test_a_prompt_shorter_than_a_block_is_placed(length: int) -> None:
+    assert Router(roster(D[0]), Weights()).place(PROMPT[:length]).prompt_blocks == 1
