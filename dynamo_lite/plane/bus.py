@@ -52,7 +52,7 @@ class Message:
 
 Handler = Callable[[Message], None]
 Answer = asyncio.Future[bytes]
-Wait = Callable[[Answer], Awaitable[None]]
+Watch = Callable[[Answer], Awaitable[None]]
 
 
 class _Inline:
@@ -166,11 +166,7 @@ class Bus:
 
     async def request(self, subject: str, data: bytes, timeout_s: float) -> bytes:
         """One request, one reply. NoResponders, DeadlineExceeded, or the error the other side raised."""
-
-        async def patiently(answer: Answer) -> None:
-            await asyncio.wait((answer,))
-
-        return await self._ask(subject, data, timeout_s, patiently)
+        return await self._ask(subject, data, timeout_s)
 
     async def call(
         self,
@@ -202,22 +198,17 @@ class Bus:
 
     # -- waiting for answers
 
-    async def _ask(
-        self,
-        subject: str,
-        data: bytes,
-        timeout_s: float,
-        wait: Callable[[Answer], Awaitable[None]],
-    ) -> bytes:
-        """Publish and let `wait` see to the answer; asks again while a peer may only be slow to reconnect."""
+    async def _ask(self, subject: str, data: bytes, timeout_s: float, watch: Watch | None = None) -> bytes:
+        """Publish, `watch`, return the answer. Asks again while a peer may only be slow to reconnect."""
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
                     try:
                         with self._expect(subject) as (reply, answer):
                             await self.publish(subject, data, reply)
-                            await wait(answer)
-                            return answer.result()
+                            if watch is not None:
+                                await watch(answer)
+                            return await answer
                     except NoResponders as error:
                         if not self.settling or error.subject != subject:
                             raise

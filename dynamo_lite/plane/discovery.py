@@ -61,6 +61,11 @@ class Membership:
         """Wait for the next change."""
         await self._change.wait()
 
+    async def until(self, condition: Callable[[Mapping[Incarnation, InstanceRecord]], bool]) -> None:
+        """Wait until `condition` holds of the instances."""
+        while not condition(self.instances):
+            await self._change.wait()
+
     def _set(self, incarnation: Incarnation, record: InstanceRecord | None) -> None:
         before = self._instances.get(incarnation)
         if before == record:
