@@ -20,7 +20,7 @@ from workers.engine import EngineInfo, EngineLoad, Job, Output, PrefillJob, Remo
 from workers.metrics import SimMetrics
 from workers.sim_pace import Pace
 from workers.sim_scheduler import Scheduler, Sequence, Step
-from workers.sim_tokens import ModelShape, Sampler
+from workers.sim_tokens import SimModel, Sampler
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class SimEngine:
 
     async def start(self) -> EngineInfo:
         config = self._spec.config
-        self._shape = ModelShape.read(self._spec.model_path)
+        self._shape = SimModel.read(self._spec.model_path)
         self._metrics = SimMetrics(self._registry)
         capacity = self._pool.size * self._block_size
         if config.max_model_len is not None and config.max_model_len > capacity:

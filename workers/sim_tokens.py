@@ -41,7 +41,7 @@ def _fraction(bits: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelShape:
+class SimModel:
     """What the simulation takes from a model folder; no weights are read."""
 
     words: tuple[int, ...]  # ids it may emit: printable, none of them special
@@ -50,7 +50,7 @@ class ModelShape:
     kv_values: int  # numbers of KV per token over all layers
 
     @classmethod
-    def read(cls, folder: Path) -> ModelShape:
+    def read(cls, folder: Path) -> SimModel:
         """Raises StartError when there is no usable config.json."""
         try:
             config = json.loads((folder / "config.json").read_bytes())
@@ -95,7 +95,7 @@ def _ordinary(config: dict[str, object], vocab_size: int) -> tuple[int, ...]:
 class Sampler:
     """Draws the tokens of one sequence."""
 
-    def __init__(self, shape: ModelShape, sampling: Sampling, seed: int) -> None:
+    def __init__(self, shape: SimModel, sampling: Sampling, seed: int) -> None:
         self._words = shape.words
         self._sampling = sampling
         self._seed = mix(seed * _ODD & _MASK)

@@ -149,9 +149,7 @@ class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
     token_ids: list[int] = []
     logprobs: list[TokenLogprob] | None = None  # one per token, when asked for
     finish: str | None = None  # "stop" | "length" | "abort"
-    stop_token: int | None = (
-        None  # the id in Sampling.stop_token_ids that ended it; it is the last of token_ids
-    )
+    stop_token: int | None = None  # the id in Sampling.stop_token_ids that ended it; it is the last of token_ids
     cached_tokens: int | None = None  # on the first delta of index 0: prompt tokens found in this worker's KV
     error: WireError | None = None
 
@@ -252,9 +250,7 @@ def decode(data: bytes, kind: type[T]) -> T:
     """Raises ProtocolMismatch when the version differs or the content is not a `kind`."""
     if not data or data[0] != PROTOCOL:
         found = data[0] if data else "an empty message"
-        raise ProtocolMismatch(
-            f"protocol {found} received for {kind.__name__}; this process speaks {PROTOCOL}"
-        )
+        raise ProtocolMismatch(f"protocol {found} received for {kind.__name__}; this process speaks {PROTOCOL}")
     decoder = _decoders.get(kind)
     if decoder is None:
         decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
@@ -309,3 +305,11 @@ class Subjects:
     def undelivered(self, frontend: FrontendId, request_id: str = "*") -> str:
         """Reply subject of `generate`: the server answers here with "no responders" when the worker is gone."""
         return f"{self.root}.f.{frontend}.undelivered.{request_id}"
+
+    def parse_undelivered(self, subject: str) -> tuple[FrontendId, RequestId] | None:
+        """Whose `undelivered` subject this is; None when it is not one."""
+        head = f"{self.root}.f."
+        frontend, middle, request_id = subject.removeprefix(head).partition(".undelivered.")
+        if not (subject.startswith(head) and frontend and middle and request_id):
+            return None
+        return FrontendId(frontend), RequestId(request_id)

@@ -1,0 +1,89 @@
+"""Prefill requests of decode workers: compute, push, reply."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from opentelemetry.trace import Span
+
+from dynamo_lite.errors import DynamoError, PrefillFailed
+from dynamo_lite.plane.wire import Cancel, PrefillReply, PrefillRequest, WireError, decode, encode
+from dynamo_lite.telemetry import AttributeValue, parent_context, traceparent, tracer
+from workers.engine import PrefillJob
+from workers.serving import InFlight, Serving
+
+log = logging.getLogger(__name__)
+
+
+class Prefills:
+    """Everything this worker computes for others.
+
+    A reply means that nothing more is written to the target, so a cancelled request is answered too, after the
+    engine has let go of it.
+    """
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+        self.in_flight = InFlight(serving.changed)
+        self.served = 0
+
+    async def answer(self, data: bytes) -> bytes:
+        """Handler of the prefill subject."""
+        request = decode(data, PrefillRequest)
+        if self._serving.early_cancels.take(request.request_id):
+            return encode(PrefillReply(error=WireError.of(PrefillFailed("cancelled", "before it came"))))
+        if request.request_id in self.in_flight:
+            raise PrefillFailed("duplicate", f"{request.request_id} is in flight already")
+        started = time.monotonic()
+        reply: asyncio.Future[PrefillReply] = asyncio.get_running_loop().create_future()
+        task = self._serving.group.create_task(self._compute(request, reply))
+        self.in_flight.start(request.request_id, task)
+        await asyncio.wait((task,))
+        self.served += 1
+        if not reply.done():
+            self._serving.metrics.ended("cancelled")
+            return encode(PrefillReply(error=WireError.of(PrefillFailed("cancelled"))))
+        found = reply.result()
+        self._serving.metrics.ended("ok" if found.error is None else "error")
+        return encode(PrefillReply(found.cached_tokens, time.monotonic() - started, found.error, found.traceparent))
+
+    def cancel(self, cancel: Cancel) -> bool:
+        """False when no such request is here."""
+        return self.in_flight.cancel(cancel.request_id)
+
+    async def _compute(self, request: PrefillRequest, reply: asyncio.Future[PrefillReply]) -> None:
+        attributes: dict[str, AttributeValue] = {
+            "request.id": request.request_id,
+            "worker": self._serving.name,
+            "prompt_tokens": len(request.token_ids),
+            "first_block": request.target.first_block,
+            "blocks": request.target.num_blocks,
+        }
+        context = parent_context(request.traceparent)
+        with tracer().start_as_current_span("prefill", context, attributes=attributes) as span:
+            reply.set_result(await self._push(request, span))
+
+    async def _push(self, request: PrefillRequest, span: Span) -> PrefillReply:
+        job = PrefillJob(
+            request.request_id,
+            request.token_ids,
+            request.target,
+            request.cache_salt,
+            request.timeout_ms / 1000,
+        )
+        metrics = self._serving.metrics
+        try:
+            cached = await self._serving.engine.prefill(job)
+        except DynamoError as error:
+            cause = error.cause if isinstance(error, PrefillFailed) else error.kind
+            log.warning("%s: %s", request.request_id, error)
+            metrics.failures.labels(cause).inc()
+            span.set_attribute("outcome", cause)
+            return PrefillReply(error=WireError.of(error), traceparent=traceparent(span))
+        metrics.prompt_tokens.inc(len(request.token_ids))
+        metrics.hit_blocks.inc(cached // self._serving.block_size)
+        span.set_attribute("outcome", "ok")
+        span.set_attribute("cached_tokens", cached)
+        return PrefillReply(cached, traceparent=traceparent(span))

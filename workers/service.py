@@ -1,0 +1,158 @@
+"""A worker on the control plane: its subjects, its registration, its drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from dynamo_lite.config import ProcessSpec
+from dynamo_lite.errors import ProtocolMismatch, WorkerError, WorkerLost
+from dynamo_lite.plane.bus import Bus, Message, Subscription
+from dynamo_lite.plane.discovery import Discovery
+from dynamo_lite.plane.wire import Cancel, InstanceRecord, Pong, Role, Subjects, decode, encode
+from dynamo_lite.status import Phase
+from workers.deltas import DeltaSender
+from workers.engine import Engine
+from workers.metrics import WorkerMetrics
+from workers.prefills import Prefills
+from workers.reports import Reports
+from workers.requests import Requests
+from workers.serving import Serving
+
+log = logging.getLogger(__name__)
+
+DRAIN_DEADLINE_S = 30.0  # what runs longer than this after SIGTERM is aborted
+LAST_ARRIVALS_S = 0.25  # for requests that were sent before our deregistration was known
+SETTLE_DEADLINE_S = 5.0  # for aborted requests to end, and again for their last deltas to leave
+
+
+class _Ended(Exception):  # not an error: the body of `scope` is done
+    """Ends a task group."""
+
+
+@asynccontextmanager
+async def scope() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group whose remaining tasks are cancelled at the end of the body."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            yield group
+            raise _Ended
+    except* _Ended:
+        pass
+
+
+class Service:
+    """Serves one engine from registration to the end of its drain."""
+
+    def __init__(
+        self,
+        spec: ProcessSpec,
+        record: InstanceRecord,
+        engine: Engine,
+        bus: Bus,
+        metrics: WorkerMetrics,
+        group: asyncio.TaskGroup,
+    ) -> None:
+        self._record, self._engine, self._bus, self._group = record, engine, bus, group
+        self._subjects = Subjects(spec.config.namespace)
+        self._reports = Reports(bus, self._subjects, record.incarnation, engine, metrics)
+        self._deltas = DeltaSender(bus, self._subjects, record.incarnation, metrics)
+        self._serving = Serving(
+            record.name,
+            record.incarnation,
+            engine,
+            record.fingerprint.block_size,
+            bus,
+            self._subjects,
+            metrics,
+            group,
+            self._reports.changed,
+        )
+        self._requests = Requests(self._serving, self._deltas, spec.config.kv_transfer.timeout_ms / 1000)
+        self._prefills = Prefills(self._serving)
+        self._reports.prefills = lambda: self._prefills.served
+        self._intake: list[Subscription] = []  # subjects that bring new work
+
+    async def run(self, discovery: Discovery, stop: asyncio.Event, phase: Callable[[Phase], None]) -> None:
+        """Returns once drained after `stop`; raises WorkerError when the engine died."""
+        for loop in (self._deltas.run(), self._reports.publish_events(), self._reports.publish_load()):
+            self._group.create_task(loop)
+        await self._subscribe()
+        membership = await discovery.membership(self._group)
+        membership.add_listener(self._heed)
+        async with discovery.register(self._record):
+            phase("ready")
+            failure = await self._served(stop)
+        if failure is None:
+            phase("draining")
+            await self._drain()
+        await self._abort(failure)
+        if failure is not None:
+            raise WorkerError(failure)
+
+    async def _subscribe(self) -> None:
+        bus, subjects, me = self._bus, self._subjects, self._record.incarnation
+        await bus.subscribe(subjects.cancel(me), self._cancel)
+        await bus.serve(subjects.ping(me), self._pong, self._group)
+        await bus.serve(subjects.snapshot(me), self._reports.snapshot, self._group)
+        if self._record.role.decodes:
+            self._intake.append(await bus.subscribe(subjects.generate(me), self._requests.receive))
+        if self._record.role is not Role.DECODE:
+            self._intake.append(await bus.serve(subjects.prefill(me), self._prefills.answer, self._group))
+
+    async def _served(self, stop: asyncio.Event) -> str | None:
+        """Until SIGTERM (None), or until the engine dies (why)."""
+        stopped = self._group.create_task(stop.wait())
+        died = self._group.create_task(self._engine.failed())
+        await asyncio.wait((stopped, died), return_when=asyncio.FIRST_COMPLETED)
+        return died.result() if died.done() else None
+
+    async def _drain(self) -> None:
+        """Finish what is here, accept nothing."""
+        self._reports.draining = True
+        self._reports.changed()
+        await asyncio.sleep(LAST_ARRIVALS_S)
+        for subscription in self._intake:
+            await subscription.close()
+        try:
+            async with asyncio.timeout(DRAIN_DEADLINE_S):
+                await self._requests.in_flight.idle()
+                await self._prefills.in_flight.idle()
+        except TimeoutError:
+            left = len(self._requests.in_flight) + len(self._prefills.in_flight)
+            log.warning("%d requests did not finish within %.0f s", left, DRAIN_DEADLINE_S)
+
+    async def _abort(self, failure: str | None) -> None:
+        """End what is left, and see the last deltas out."""
+        name = self._record.name
+        self._requests.abort(WorkerLost(name, "it shuts down") if failure is None else WorkerError(failure))
+        self._prefills.in_flight.cancel_all()
+        try:
+            async with asyncio.timeout(SETTLE_DEADLINE_S):
+                await self._requests.in_flight.idle()
+                await self._prefills.in_flight.idle()
+        except TimeoutError:
+            log.error("the engine does not let go of its requests")
+        try:
+            async with asyncio.timeout(SETTLE_DEADLINE_S):
+                await self._deltas.flushed()
+        except TimeoutError:
+            log.error("the last deltas could not be sent")
+
+    async def _pong(self, _: bytes) -> bytes:
+        return encode(Pong(self._record.incarnation))
+
+    def _cancel(self, message: Message) -> None:
+        try:
+            cancel = decode(message.data, Cancel)
+        except ProtocolMismatch as error:
+            log.warning("dropped a cancel: %s", error)
+            return
+        if not self._requests.cancel(cancel) and not self._prefills.cancel(cancel):
+            self._serving.early_cancels.add(cancel)
+
+    def _heed(self, added: InstanceRecord | None, removed: InstanceRecord | None) -> None:
+        if removed is not None and added is None:
+            self._engine.peer_gone(removed.incarnation)
