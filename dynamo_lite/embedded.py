@@ -40,9 +40,7 @@ Address = TypeVar("Address", NatsAddress, EtcdAddress)
 class EmbeddedServer(Generic[Address]):
     """A server this process started. It can be restarted on its port, with its data and credentials."""
 
-    def __init__(
-        self, child: Child, address: Address, restart: Callable[[], Child], ready: re.Pattern[bytes]
-    ) -> None:
+    def __init__(self, child: Child, address: Address, restart: Callable[[], Child], ready: re.Pattern[bytes]) -> None:
         self.address: Address = address
         self._child = child
         self._restart = restart
@@ -59,6 +57,10 @@ class EmbeddedServer(Generic[Address]):
     async def died(self) -> str:
         """Returns how it ended ("killed by SIGKILL"), once it has."""
         return describe_exit(await self._child.wait())
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash would end it."""
+        self._child.kill()
 
     async def restart(self) -> None:
         """End the process if it still runs and start it again; clients find it where it was."""
@@ -93,9 +95,7 @@ async def nats_server(data_dir: Path, log: Path) -> AsyncIterator[EmbeddedServer
 
 
 @asynccontextmanager
-async def etcd_server(
-    data_dir: Path, log: Path, lease_ttl_s: int
-) -> AsyncIterator[EmbeddedServer[EtcdAddress]]:
+async def etcd_server(data_dir: Path, log: Path, lease_ttl_s: int) -> AsyncIterator[EmbeddedServer[EtcdAddress]]:
     """An etcd on a kernel-chosen loopback port, its data folder emptied first."""
     _empty(data_dir)
 

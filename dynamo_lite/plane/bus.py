@@ -98,7 +98,7 @@ class Bus:
         self._inbox = f"_INBOX.{uuid.uuid4().hex}"
         self._tokens = itertools.count()
         self._waiting: dict[str, Handler] = {}  # by the last token of the inbox subject
-        self._reconnected_at = float("-inf")
+        self._settled_at = float("-inf")
         self._ending = False
         self.reconnects = 0
 
@@ -127,7 +127,7 @@ class Bus:
     @property
     def settling(self) -> bool:
         """Just reconnected, or not connected: "no responders" may mean a peer that is not back yet."""
-        return not self.connected or asyncio.get_running_loop().time() - self._reconnected_at < SETTLE_S
+        return asyncio.get_running_loop().time() < self._settled_at
 
     async def publish(self, subject: str, data: bytes, reply: str = "") -> None:
         """Send and forget. While disconnected up to 2 MiB wait for the connection; more is a PlaneError."""
@@ -345,6 +345,7 @@ class Bus:
             closed.set()
 
         async def on_disconnected() -> None:
+            self._settled_at = float("inf")
             if not self._ending:
                 log.warning("NATS connection lost")
 
@@ -393,7 +394,7 @@ class Bus:
 
     def _note_reconnect(self) -> None:
         self.reconnects += 1
-        self._reconnected_at = asyncio.get_running_loop().time()
+        self._settled_at = asyncio.get_running_loop().time() + SETTLE_S
         log.warning("NATS connection is back")
 
     async def _attach(self, subscription: Subscription) -> None:
