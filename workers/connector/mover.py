@@ -111,7 +111,7 @@ class Mover:
             self._pushing -= set(engine_ids)  # vLLM has freed their blocks itself
         with self._lock:
             for engine_id in engine_ids:
-                self._sender.cancel(engine_id, "preempted")
+                self._sender.preempt(engine_id)
 
     def ended(self, finished: set[str]) -> Ended:
         """What has ended since the last call. A push is only reported once vLLM has `finished` its request."""

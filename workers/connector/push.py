@@ -69,6 +69,7 @@ class Sender:
         self._closing: list[tuple[Push, str]] = []  # failed, but a write could not be given up yet
         self._ended: set[str] = set()  # engine ids of pushes that need their blocks no more
         self._stopped: OrderedDict[str, None] = OrderedDict()  # request ids the receiver gave up on, the latest ones
+        self._preempted: set[str] = set()  # engine ids whose steps may still come, but must not be read any more
         self.fresh: list[str] = []  # those that ended since the mover last looked
 
     def step(self, step: PushStep, ready: Ready) -> None:
@@ -76,6 +77,9 @@ class Sender:
         transfer_id = step.target.transfer_id
         if step.request_id in self._stopped:
             self._release(step.engine_id)
+        if step.engine_id in self._preempted:
+            self._preempted.discard(step.engine_id)
+            self._finish(step.engine_id, step.request_id, step.target.transfer_id, "preempted")
         if step.engine_id in self._ended:
             return  # it has failed, or was stopped, before all its steps came
         push = self._pushes.get(transfer_id)
@@ -111,9 +115,17 @@ class Sender:
             push.free_slots.append(slot)
             push.waiting_since = time.monotonic()
 
-    def cancel(self, engine_id: str, cause: str) -> None:
-        for push in [one for one in self._pushes.values() if one.engine_id == engine_id]:
+    def cancel(self, engine_id: str, cause: str) -> bool:
+        """False when no push of that request is open."""
+        mine = [one for one in self._pushes.values() if one.engine_id == engine_id]
+        for push in mine:
             self._fail(push, cause)
+        return bool(mine)
+
+    def preempt(self, engine_id: str) -> None:
+        """vLLM hands the prompt's blocks out again: on return none of them is read, nor will be."""
+        if not self.cancel(engine_id, "preempted") and engine_id not in self._ended:
+            self._preempted.add(engine_id)  # its first step has been planned, but not come yet
 
     def stop(self, request_id: str) -> None:
         """The receiver does not want it any more, and may use its staging again once PushEnded was reported.
@@ -243,6 +255,7 @@ class Sender:
     def forget(self, engine_ids: set[str]) -> None:
         """vLLM has freed these prompts: no further step of them can come."""
         self._ended -= engine_ids
+        self._preempted -= engine_ids
 
     def holds(self) -> dict[str, int]:
         return {"push": sum(push.blocks - push.written for push in self._pushes.values())}

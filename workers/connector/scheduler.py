@@ -5,11 +5,9 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import msgspec
-from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.request import Request
 
 from dynamo_lite.plane.wire import PushTarget
 from workers.connector.protocol import (
@@ -22,6 +20,11 @@ from workers.connector.protocol import (
     Skipped,
     StepPlan,
 )
+
+if TYPE_CHECKING:  # importing vLLM takes seconds, and its scheduler hands us these anyway
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
 
 
 @dataclass(slots=True)

@@ -1,0 +1,119 @@
+"""Two movers in one process, over real NIXL agents, each with KV memory of its own."""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from dynamo_lite.plane.wire import Incarnation, PushTarget
+from workers.connector.mover import Mover, MoverSettings
+from workers.connector.protocol import Holds, PushStep, ReceiveOpened, ReceivePlan, Report, StepPlan
+from workers.transfer.layout import Planes, planes_of
+
+os.environ.setdefault("UCX_RNDV_THRESH", "inf")  # as the supervisor sets it, before UCX starts
+from workers.transfer.nixl import NixlEngine
+
+BLOCKS, LAYERS = 64, 3
+WAIT_S = 10.0
+R = TypeVar("R", bound=Report)
+
+
+@dataclass
+class Reports:
+    """What a mover told its worker process."""
+
+    seen: list[Report] = field(default_factory=list)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def __call__(self, report: Report) -> None:
+        with self.changed:
+            self.seen.append(report)
+            self.changed.notify_all()
+
+    def take(self, kind: type[R]) -> R:
+        """The oldest report of that kind that was not taken yet; waits for it."""
+
+        def there() -> bool:
+            return any(isinstance(report, kind) for report in self.seen)
+
+        with self.changed:
+            assert self.changed.wait_for(there, WAIT_S), f"no {kind.__name__} came; seen: {self.seen}"
+            report = next(report for report in self.seen if isinstance(report, kind))
+            self.seen.remove(report)
+            return report
+
+    def latest(self, kind: type[R]) -> R | None:
+        with self.changed:
+            return next((report for report in reversed(self.seen) if isinstance(report, kind)), None)
+
+
+@dataclass
+class Side:
+    """One worker's rank 0."""
+
+    mover: Mover
+    planes: Planes
+    reports: Reports
+
+    def blocks(self, ids: list[int]) -> list[torch.Tensor]:
+        return [plane[ids].clone() for plane in self.planes.planes]
+
+    def held(self, reason: str) -> int:
+        """Waits until nothing is held for that reason; returns what is left."""
+
+        def released() -> bool:
+            latest = self.reports.latest(Holds)
+            return latest is None or not latest.blocks.get(reason)
+
+        with self.reports.changed:
+            if self.reports.changed.wait_for(released, WAIT_S):
+                return 0
+        latest = self.reports.latest(Holds)
+        return latest.blocks[reason] if latest is not None else 0
+
+
+def _side(seed: int, staging_blocks: int, timeout_s: float) -> Side:
+    generator = torch.Generator().manual_seed(seed)
+    caches = {f"layer{i}": torch.randn(BLOCKS, 2, 16, generator=generator) for i in range(LAYERS)}
+    planes = planes_of(caches, BLOCKS)
+    settings = MoverSettings(
+        rank=0,
+        staging=staging_blocks * planes.block_bytes,
+        piece=2 * planes.block_bytes,
+        window=2,
+        timeout_s=timeout_s,
+    )
+    reports = Reports()
+    return Side(Mover(NixlEngine(f"{uuid.uuid4().hex}:0"), planes, settings, reports), planes, reports)
+
+
+@contextmanager
+def pair(staging_blocks: int = 8, timeout_s: float = 5.0) -> Iterator[tuple[Side, Side]]:
+    """(sender, receiver), closed at the end."""
+    sender, receiver = _side(1, staging_blocks, timeout_s), _side(2, staging_blocks, timeout_s)
+    try:
+        yield sender, receiver
+    finally:
+        sender.mover.close()
+        receiver.mover.close()
+
+
+def plan_receive(receiver: Side, ids: list[int], request_id: str = "r", transfer_id: int = 256) -> None:
+    plan = ReceivePlan(f"{request_id}-engine", request_id, ids, 0, transfer_id)
+    receiver.mover.plan(StepPlan(receives=[plan]))
+
+
+def target_of(opened: ReceiveOpened) -> PushTarget:
+    return PushTarget(opened.transfer_id, Incarnation("d"), opened.first_block, opened.num_blocks, (opened.target,))
+
+
+def push(sender: Side, target: PushTarget, ids: list[int], first: int = 0, request_id: str = "r") -> None:
+    step = PushStep(f"{request_id}-engine", request_id, target, ids, first)
+    sender.mover.plan(StepPlan(pushes=[step]))
