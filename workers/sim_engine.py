@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -20,7 +20,7 @@ from workers.engine import EngineInfo, EngineLoad, Job, Output, PrefillJob, Remo
 from workers.metrics import SimMetrics
 from workers.sim_pace import Pace
 from workers.sim_scheduler import Scheduler, Sequence, Step
-from workers.sim_tokens import SimModel, Sampler
+from workers.sim_tokens import Sampler, SimModel
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class SimEngine:
     def peer_gone(self, incarnation: str) -> None:
         """Nothing is ever written here, so nothing is quarantined."""
 
-    async def kv_events(self) -> AsyncIterator[tuple[KvEvent, ...]]:
+    async def kv_events(self) -> AsyncGenerator[tuple[KvEvent, ...], None]:
         while True:
             events = await self._events.get()
             for event in events:
@@ -272,6 +272,7 @@ class SimEngine:
             self.fail(f"the engine's loop failed: {error!r}")
 
     async def _run(self) -> None:
+        self._pace.idle()
         while True:
             self._work.clear()
             step = self._scheduler.plan()
