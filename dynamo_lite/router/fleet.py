@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import msgspec
 
@@ -29,11 +29,11 @@ T = TypeVar("T", bound=msgspec.Struct)
 class Fleet(Roster):
     """All live workers of a deployment. Open it with `Fleet.open`."""
 
-    def __init__(self, bus: Bus, subjects: Subjects, group: asyncio.TaskGroup) -> None:
+    def __init__(self, bus: Bus, subjects: Subjects) -> None:
         super().__init__(self._refresh_soon)
-        self._bus, self._subjects, self._group = bus, subjects, group
+        self._bus, self._subjects = bus, subjects
+        self._group: asyncio.TaskGroup  # of the tasks that end with the fleet
         self._refreshing: set[asyncio.Task[None]] = set()
-        self._closed = False
 
     @classmethod
     @asynccontextmanager
@@ -41,35 +41,43 @@ class Fleet(Roster):
         cls, bus: Bus, discovery: Discovery, subjects: Subjects, group: asyncio.TaskGroup
     ) -> AsyncIterator[Fleet]:
         """Follows the workers while the body runs. The workers' blocks are known on entry, where they answer."""
-        fleet = cls(bus, subjects, group)
-        async with AsyncExitStack() as stack:
-            stack.callback(fleet._close)
-            for subject, handler in (
-                (subjects.kv_events(), _taking(KvEventBatch, fleet.take_batch)),
-                (subjects.load(), _taking(LoadReport, fleet.take_report)),
-            ):
-                subscription = await bus.subscribe(subject, handler)
-                stack.push_async_callback(subscription.close)
-            membership = await discovery.membership(group)
-            membership.add_listener(fleet._changed)
-            for record in membership.instances.values():
-                fleet.join(record)
-            if fleet._refreshing:
-                await asyncio.wait(fleet._refreshing, timeout=FIRST_SNAPSHOTS_S)
+        fleet = cls(bus, subjects)
+        ready = asyncio.Event()
+        following = group.create_task(fleet._follow(discovery, ready))
+        try:
+            await ready.wait()
             yield fleet
+        finally:
+            following.cancel()
+            await asyncio.wait((following,))
+
+    async def _follow(self, discovery: Discovery, ready: asyncio.Event) -> NoReturn:
+        """Keep the roster current until cancelled."""
+        async with AsyncExitStack() as stack:
+            # Events come before the membership, so that none is missed; those of unknown workers are ignored, as
+            # a worker that joins is asked for all of its blocks.
+            for subject, handler in (
+                (self._subjects.kv_events(), _taking(KvEventBatch, self.take_batch)),
+                (self._subjects.load(), _taking(LoadReport, self.take_report)),
+            ):
+                subscription = await self._bus.subscribe(subject, handler)
+                stack.push_async_callback(subscription.close)
+            self._group = await stack.enter_async_context(asyncio.TaskGroup())
+            membership = await discovery.membership(self._group)
+            membership.add_listener(self._changed)
+            for record in membership.instances.values():
+                self.join(record)
+            if self._refreshing:
+                await asyncio.wait(self._refreshing, timeout=FIRST_SNAPSHOTS_S)
+            ready.set()
+            while True:
+                await membership.changed()
 
     def _changed(self, added: InstanceRecord | None, removed: InstanceRecord | None) -> None:
-        if self._closed:
-            return
         if added is not None:
             self.join(added)
         elif removed is not None:
             self.leave(removed.incarnation)
-
-    def _close(self) -> None:
-        self._closed = True
-        for task in self._refreshing:
-            task.cancel()
 
     def _refresh_soon(self, instance: Instance) -> None:
         refresh = self._refresh(instance)

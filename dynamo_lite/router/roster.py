@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import deque
@@ -43,12 +44,18 @@ class Roster:
         self._instances: dict[Incarnation, Instance] = {}
         self._ask_snapshot = ask_snapshot
         self._mismatches: dict[tuple[Fingerprint, Fingerprint], str | None] = {}
+        self._watching: set[asyncio.Event] = set()
 
     def __contains__(self, incarnation: Incarnation) -> bool:
         return incarnation in self._instances
 
     def instance(self, incarnation: Incarnation) -> Instance | None:
         return self._instances.get(incarnation)
+
+    def refreshing(self, incarnation: Incarnation) -> bool:
+        """Whether the worker's blocks are unknown, or some of them: its snapshot is awaited."""
+        instance = self._instances.get(incarnation)
+        return instance is not None and instance.waiting
 
     def usable(self, roles: Collection[Role]) -> list[Instance]:
         """Workers of these roles that may be given work, in the order they came."""
@@ -59,6 +66,17 @@ class Roster:
         fitting = [each for each in self.usable([Role.PREFILL]) if self._compatible(decode.record, each.record)]
         return sorted(fitting, key=lambda each: each.load.busy_blocks)
 
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Wait for a change after which `holds`, for readiness. The deadline is the caller's."""
+        change = asyncio.Event()
+        self._watching.add(change)
+        try:
+            while not holds():
+                change.clear()
+                await change.wait()
+        finally:
+            self._watching.discard(change)
+
     def join(self, record: InstanceRecord) -> None:
         """A worker registered. Its blocks are unknown until its snapshot comes."""
         if record.incarnation in self._instances:
@@ -68,6 +86,7 @@ class Roster:
         log.info("%s joined (%s)", record.name, record.incarnation)
         self._count_workers()
         self._ask_snapshot(instance)
+        self._tell()
 
     def leave(self, incarnation: Incarnation) -> None:
         """A worker's registration ended."""
@@ -76,6 +95,7 @@ class Roster:
             log.info("%s left (%s)", instance.record.name, incarnation)
             self.index.remove_worker(incarnation)
             self._count_workers()
+            self._tell()
 
     def lost(self, incarnation: Incarnation) -> None:
         """The request path found the worker gone: place nothing there, unless it reports again."""
@@ -83,6 +103,7 @@ class Roster:
         if instance is not None and instance.lost_at is None:
             log.warning("%s is lost (%s)", instance.record.name, incarnation)
             instance.lost_at = time.monotonic()
+            self._tell()
 
     def take_report(self, report: LoadReport) -> None:
         """A worker's load; its `kv_seq` shows when its last KV event batches were lost."""
@@ -98,6 +119,7 @@ class Roster:
         if before is not None and before.kv_seq > self.index.seq(report.worker) and not instance.waiting:
             self._gap(instance)
         metrics.INDEX_BLOCKS.set(self.index.blocks)
+        self._tell()
 
     def take_batch(self, batch: KvEventBatch) -> None:
         """KV events of one engine step."""
@@ -109,6 +131,7 @@ class Roster:
         elif not self.index.apply(batch):
             instance.buffer.append(batch)
             self._gap(instance)
+        self._tell()
 
     def take_snapshot(self, snapshot: KvSnapshot) -> bool:
         """All blocks of a worker. False when batches after it are missing, and another one is needed."""
@@ -123,7 +146,12 @@ class Roster:
                 return False
             instance.buffer.popleft()
         instance.waiting = False
+        self._tell()
         return True
+
+    def _tell(self) -> None:
+        for change in self._watching:
+            change.set()
 
     def _gap(self, instance: Instance) -> None:
         log.warning("KV events of %s were lost; asking for a snapshot", instance.record.name)
