@@ -15,6 +15,7 @@ NVIDIA_SMI_DEADLINE_S = 20.0  # the first call on a host without persistence mod
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
+    address: str  # what CUDA_VISIBLE_DEVICES calls it
     name: str
     memory: int | None  # bytes; None when nvidia-smi is not there to tell
 
@@ -35,8 +36,11 @@ class Machine:
         return bool(self.gpus) and self.vllm_build != "cpu"
 
     @classmethod
-    def detect(cls, cgroup: Path = CGROUP) -> Machine:
-        """Asks the kernel, nvidia-smi and the installed packages; container limits count."""
+    def detect(cls, cgroup: Path = CGROUP, visible_gpus: str | None = None) -> Machine:
+        """Asks the kernel, nvidia-smi and the installed packages; container limits count.
+
+        `visible_gpus` is the value of CUDA_VISIBLE_DEVICES, where that is set.
+        """
         total, available = _memory()
         memory = min(total, _memory_limit(cgroup) or total)
         cores = len(os.sched_getaffinity(0))
@@ -44,7 +48,7 @@ class Machine:
             cores=max(1, min(cores, _core_limit(cgroup) or cores)),
             memory=memory,
             free_memory=min(available, memory),
-            gpus=_gpus(),
+            gpus=_visible(_gpus(), visible_gpus),
             rdma_devices=tuple(sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))),
             vllm_build=_vllm_build(),
         )
@@ -81,10 +85,24 @@ def _gpus() -> tuple[Gpu, ...]:
     try:
         output = subprocess.run(query, capture_output=True, text=True, check=True, timeout=NVIDIA_SMI_DEADLINE_S).stdout
     except (OSError, subprocess.SubprocessError):
-        devices = sorted(path.name for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
-        return tuple(Gpu(device, None) for device in devices)
+        found = (re.fullmatch(r"nvidia(\d+)", path.name) for path in Path("/dev").glob("nvidia*"))
+        return tuple(Gpu(number, "NVIDIA GPU", None) for number in sorted(match[1] for match in found if match))
     lines = [line.rpartition(",") for line in output.splitlines() if "," in line]
-    return tuple(Gpu(name.strip(), int(mib) * 2**20 if mib.strip().isdigit() else None) for name, _, mib in lines)
+    return tuple(
+        Gpu(str(index), name.strip(), int(mib) * 2**20 if mib.strip().isdigit() else None)
+        for index, (name, _, mib) in enumerate(lines)
+    )
+
+
+def _visible(gpus: tuple[Gpu, ...], visible: str | None) -> tuple[Gpu, ...]:
+    """Those that CUDA_VISIBLE_DEVICES names; a name other than a number (a UUID, a MIG slice) is trusted."""
+    if visible is None:
+        return gpus
+    by_address = {gpu.address: gpu for gpu in gpus}
+    wanted = [address.strip() for address in visible.split(",") if address.strip()]
+    unnumbered = [address for address in wanted if not address.lstrip("-").isdigit()]
+    by_address |= {address: Gpu(address, "NVIDIA GPU", None) for address in unnumbered}
+    return tuple(by_address[address] for address in wanted if address in by_address)
 
 
 def _vllm_build() -> str | None:

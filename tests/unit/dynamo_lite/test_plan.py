@@ -16,8 +16,8 @@ from dynamo_lite.plan_text import describe
 
 GIB = 2**30
 LAPTOP = Machine(cores=8, memory=16 * GIB, free_memory=12 * GIB, vllm_build="cpu")
-H100 = Gpu("NVIDIA H100 80GB HBM3", 80 * GIB)
-GPU_HOST = Machine(cores=64, memory=512 * GIB, free_memory=500 * GIB, gpus=(H100,) * 4, vllm_build="cuda")
+H100 = tuple(Gpu(str(index), "NVIDIA H100 80GB HBM3", 80 * GIB) for index in range(4))
+GPU_HOST = Machine(cores=64, memory=512 * GIB, free_memory=500 * GIB, gpus=H100, vllm_build="cuda")
 SMALL = ModelShape(weights=269 * 10**6, dtype="bfloat16", layers=30, kv_heads=3, head_dim=64, max_length=8192)
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -95,7 +95,7 @@ def test_auto_stays_on_cpu_when_the_cpu_build_of_vllm_is_installed() -> None:
 
 
 def test_workers_share_a_gpu_only_with_an_explicit_kv_size() -> None:
-    one_gpu = replace(GPU_HOST, gpus=(H100,))
+    one_gpu = replace(GPU_HOST, gpus=H100[:1])
     shared = plan(machine=one_gpu, workers={"prefill": {"kv_cache": "8GiB"}, "decode": {"kv_cache": "8GiB"}})
     assert [process.gpus for process in shared.processes[1:]] == [(0,), (0,)]
     assert shared.missing == ()

@@ -1,0 +1,144 @@
+"""The command line. Heavy modules are imported by the command that needs them, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dynamo_lite.errors import ConfigError, DynamoError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dynamo_lite.plan import Plan
+
+EPILOG = """
+Start here:  dynamo-lite serve configs/quickstart.yaml
+
+What would it run?  dynamo-lite check configs/quickstart.yaml
+
+Change one key:  dynamo-lite serve configs/quickstart.yaml --set workers.decode.count=2 --set frontend.port=9000
+"""
+
+app = typer.Typer(
+    help="Serve a language model with prefill and decode on separate workers, from one YAML file.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="The deployment, in YAML; see the examples in configs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. frontend.port=9000.")
+]
+
+
+@app.command()
+def serve(file: File, set_: Overrides = None) -> None:
+    """Run what FILE describes.
+
+    Starts nats-server and etcd (unless FILE names existing ones), the HTTP frontends and the workers, restarts what
+    dies, and prints one line once requests are served. The first Ctrl-C (or SIGTERM)
+    lets running requests finish, a second ends them.
+    """
+    from dynamo_lite.progress import Progress  # noqa: PLC0415
+    from dynamo_lite.supervisor import Supervisor  # noqa: PLC0415
+
+    with _errors():
+        plan = _plan(file, set_ or [])
+        for warning in plan.warnings:
+            typer.echo(f"Warning: {warning}", err=True)
+        with Progress(sys.stderr) as progress:
+            asyncio.run(Supervisor(plan, progress, os.environ).run())
+
+
+@app.command()
+def check(file: File, set_: Overrides = None) -> None:
+    """Print what FILE would run here.
+
+    The plan names processes, addresses, memory and KV transfers; nothing is started. An error in FILE is told with
+    its line and column, and ends with exit code 2.
+    """
+    from dynamo_lite.plan_text import describe  # noqa: PLC0415
+
+    with _errors():
+        typer.echo(describe(_plan(file, set_ or [])), nl=False)
+
+
+@app.command("metadata-server")
+def metadata_server(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 lets the system choose.")] = 5557,
+    host: Annotated[
+        str, typer.Option(help="An address of this machine; 0.0.0.0 opens it to the network.")
+    ] = "127.0.0.1",
+) -> None:
+    """Run a discovery service for several hosts.
+
+    It is an etcd; kv_transfer.metadata_server in each host's file points at it.
+    """
+    from dynamo_lite.embedded import run_metadata_server  # noqa: PLC0415
+    from dynamo_lite.telemetry import setup_logging  # noqa: PLC0415
+
+    setup_logging("info", "metadata-server")
+    with _errors():
+        folder = _cache(os.environ) / "metadata-server" / str(port)
+        asyncio.run(run_metadata_server(host, port, folder, lambda url: typer.echo(f"Ready: metadata_server: {url}")))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import version as installed  # noqa: PLC0415
+
+    typer.echo(installed("dynamo-lite"))
+
+
+def main() -> None:
+    app()
+
+
+def _plan(file: Path, overrides: list[str]) -> Plan:
+    """Raises ConfigError with the place of whatever is wrong."""
+    from dynamo_lite import model_store  # noqa: PLC0415
+    from dynamo_lite.config_file import load  # noqa: PLC0415
+    from dynamo_lite.machine import Machine  # noqa: PLC0415
+    from dynamo_lite.plan import resolve  # noqa: PLC0415
+
+    source = load(file, overrides)
+    machine = Machine.detect(visible_gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
+    try:
+        shape = model_store.shape(source.config)
+        return resolve(source.config, machine=machine, shape=shape, cache=_cache(os.environ))
+    except ConfigError as error:
+        raise source.located(error) from error
+
+
+def _cache(environment: Mapping[str, str]) -> Path:
+    """Our part of the user's cache."""
+    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "dynamo-lite"
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Errors we know are a sentence and an exit code, not a traceback."""
+    try:
+        yield
+    except ConfigError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except DynamoError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    main()
