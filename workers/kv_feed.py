@@ -16,6 +16,7 @@ import zmq.asyncio
 from zmq.constants import SocketOption, SocketType
 
 from kvbm.events import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent, Tier
+from kvbm.ledger import BlockLedger
 
 _log = logging.getLogger(__name__)
 _REPLAY_TIMEOUT_S = 5.0
@@ -40,10 +41,10 @@ class KvFeed:
         self._replay = self._context.socket(SocketType.DEALER)
         self._replay.connect(replay_endpoint)
         self._next = 0  # sequence number of the batch to come
-        self._stored: dict[int, None] = {}
+        self._ledger = BlockLedger()
 
     def snapshot(self) -> dict[Tier, tuple[int, ...]]:
-        return {Tier.DEVICE: tuple(self._stored)}
+        return self._ledger.snapshot()
 
     async def events(self) -> AsyncIterator[tuple[KvEvent, ...]]:
         """One tuple per engine step that stored or removed blocks."""
@@ -61,8 +62,7 @@ class KvFeed:
                     continue
                 if sequence > self._next:  # not even replay has it: forget all rather than claim what may be gone
                     _log.warning("KV event batches %d to %d are lost", self._next, sequence - 1)
-                    self._stored.clear()
-                    yield (BlocksCleared(),)
+                    yield self._ledger.fold((BlocksCleared(),))
             self._next = sequence + 1
             yield self._apply(payload, counted=True)
 
@@ -85,17 +85,9 @@ class KvFeed:
     def _apply(self, payload: bytes, *, counted: bool = False) -> tuple[KvEvent, ...]:
         if not counted:
             self._next += 1
-        events = tuple(event for raw in msgspec.msgpack.decode(payload)[1] if (event := _translate(raw)) is not None)
-        for event in events:
-            match event:
-                case BlocksStored():
-                    self._stored.update(dict.fromkeys(event.hashes))
-                case BlocksRemoved():
-                    for block_hash in event.hashes:
-                        self._stored.pop(block_hash, None)
-                case BlocksCleared():
-                    self._stored.clear()
-        return events
+        raw_events = msgspec.msgpack.decode(payload)[1]
+        # vLLM tells of every copy of a block; an index must hear of the first and the last only.
+        return self._ledger.fold(event for raw in raw_events if (event := _translate(raw)) is not None)
 
     def close(self) -> None:
         self._subscriber.close(linger=0)
