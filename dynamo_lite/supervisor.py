@@ -87,9 +87,12 @@ class Supervisor:
             if self._ending.is_set():
                 for keeper in self._keepers.values():
                     keeper.kill()
+                return
             self._ending.set()
             if self._starting:
                 main.cancel()
+            else:
+                self._progress.note("ending; running requests may finish, a second Ctrl-C ends them now")
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, end)
@@ -152,6 +155,7 @@ class Supervisor:
                 delay_s = backoff.next(time.monotonic() - began)
                 self._progress.phase(name, "failed", f"{reason}; starts again in {delay_s:g} s (log: {server.log})")
                 await asyncio.sleep(delay_s)
+                self._progress.phase(name, "starting")
                 try:
                     await server.restart()
                     break
@@ -250,8 +254,8 @@ class Supervisor:
         self._write_run(state, around)
         self._progress.close()
         model = self._plan.config.model_name
-        body = {"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
-        quoted = shlex.quote(json.dumps(body))
+        question = {"role": "user", "content": "What is the capital of France?"}
+        quoted = shlex.quote(json.dumps({"model": model, "messages": [question], "max_tokens": 64}))
         url = around.port.url
         command = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {quoted}"
         print(f"Ready after {self._progress.seconds:.1f} s: {url}/v1 serves {model}. Try: {command}", flush=True)
