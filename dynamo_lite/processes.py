@@ -7,24 +7,31 @@ import ctypes
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)  # loaded here: between fork and exec nothing may be imported
+
+# Runs in the child and becomes the command. Not a `preexec_fn`: Python code between fork and exec crashes, now and
+# then, in a process with gRPC's threads. Takes 10 ms. Python ignores SIGPIPE, the command must not inherit that.
+_LAUNCH = """
+import ctypes, os, sys, _signal
+if ctypes.CDLL(None).prctl(1, 9) or os.getppid() != int(sys.argv[1]):
+    os._exit(126)
+_signal.signal(_signal.SIGPIPE, _signal.SIG_DFL)
+try:
+    os.execvp(sys.argv[2], sys.argv[2:])
+except OSError as error:
+    sys.exit(f"{sys.argv[2]}: {error.strerror}")
+"""
 
 
-def die_with_parent(parent: int | None = None) -> None:
-    """For `preexec_fn`: the kernel kills this process when the *thread* that forked it ends.
-
-    So children are started from the main thread only; `Child.start` enforces it. With `parent`, the parent's
-    pid, a parent that died before this call is noticed too.
-    """
-    if _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0 or parent not in (None, os.getppid()):
-        os._exit(126)
+def die_with_parent() -> None:
+    """The kernel kills this process when the *thread* that forked it ends. For children we did not start ourselves."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Child:
@@ -45,22 +52,22 @@ class Child:
         env: Mapping[str, str] | None = None,
         pass_fds: Sequence[int] = (),
     ) -> Child:
-        """Start `argv` with stdout and stderr appended to `log`. The caller must `stop()` the child."""
+        """Start `argv` with stdout and stderr appended to `log`. The caller must `stop()` the child.
+
+        The kernel kills the child when the starting thread ends, hence only the main thread may start one.
+        """
         if threading.current_thread() is not threading.main_thread():
-            raise RuntimeError(
-                f"{name} must be started from the main thread: it dies with the starting thread"
-            )
+            raise RuntimeError(f"{name} must be started from the main thread: it dies with the starting thread")
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             process = subprocess.Popen(
-                argv,
+                [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *argv],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=env,
                 pass_fds=pass_fds,
                 start_new_session=True,
-                preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509  # one prctl call, no Python locks taken
             )
         return cls(name, process, log)
 

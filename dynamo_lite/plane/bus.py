@@ -94,7 +94,7 @@ class Bus:
         self._address, self._name = address, name
         self._client: Any = None
         self._closed = asyncio.Event()  # nats-py gave this connection up
-        self._subscriptions: set[Subscription] = set()
+        self._subscriptions: dict[Subscription, None] = {}  # in order: the inbox, which attaching needs, is first
         self._inbox = f"_INBOX.{uuid.uuid4().hex}"
         self._tokens = itertools.count()
         self._waiting: dict[str, Handler] = {}  # by the last token of the inbox subject
@@ -139,7 +139,7 @@ class Bus:
     async def subscribe(self, subject: str, handler: Handler) -> Subscription:
         """`handler` is called inline, in order of arrival; wildcards allowed."""
         subscription = Subscription(self, subject, handler)
-        self._subscriptions.add(subscription)
+        self._subscriptions[subscription] = None
         await self._attach(subscription)
         return subscription
 
@@ -374,7 +374,7 @@ class Bus:
             if isinstance(error, (NatsError, OSError)):
                 raise PlaneError(f"cannot connect to NATS at {self._address.url}: {error}") from error
             raise
-        for subscription in self._subscriptions:
+        for subscription in list(self._subscriptions):
             await self._attach(subscription)
 
     async def _reopen(self) -> NoReturn:
@@ -424,7 +424,7 @@ class Bus:
     async def _unsubscribe(self, subscription: Subscription) -> None:
         if subscription not in self._subscriptions:
             return
-        self._subscriptions.discard(subscription)
+        del self._subscriptions[subscription]
         try:
             await subscription.raw.unsubscribe()
         except NatsError as error:  # the connection is closed: no interest is left either way
