@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from typing import Any
 
 from opentelemetry.trace import Span
 
@@ -26,20 +27,28 @@ class Prefills:
 
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
-        self.in_flight = InFlight(serving.changed)
+        self._in_flight = InFlight(serving.changed)
+        self._answers: set[asyncio.Task[Any]] = set()  # they end once the reply has been published
         self.served = 0
 
+    def __len__(self) -> int:
+        return len(self._answers)
+
     async def answer(self, data: bytes) -> bytes:
-        """Handler of the prefill subject."""
+        """Handler of the prefill subject; each call has a task of its own."""
+        answering = asyncio.current_task()
+        assert answering is not None, "runs as a task"
+        self._answers.add(answering)
+        answering.add_done_callback(self._answers.discard)
         request = decode(data, PrefillRequest)
         if self._serving.early_cancels.take(request.request_id):
             return encode(PrefillReply(error=WireError.of(PrefillFailed("cancelled", "before it came"))))
-        if request.request_id in self.in_flight:
+        if request.request_id in self._in_flight:
             raise PrefillFailed("duplicate", f"{request.request_id} is in flight already")
         started = time.monotonic()
         reply: asyncio.Future[PrefillReply] = asyncio.get_running_loop().create_future()
         task = self._serving.group.create_task(self._compute(request, reply))
-        self.in_flight.start(request.request_id, task)
+        self._in_flight.start(request.request_id, task)
         await asyncio.wait((task,))
         self.served += 1
         if not reply.done():
@@ -51,7 +60,15 @@ class Prefills:
 
     def cancel(self, cancel: Cancel) -> bool:
         """False when no such request is here."""
-        return self.in_flight.cancel(cancel.request_id)
+        return self._in_flight.cancel(cancel.request_id)
+
+    def cancel_all(self) -> None:
+        self._in_flight.cancel_all()
+
+    async def idle(self) -> None:
+        """Returns once every reply is out."""
+        while self._answers:
+            await asyncio.wait(self._answers)
 
     async def _compute(self, request: PrefillRequest, reply: asyncio.Future[PrefillReply]) -> None:
         attributes: dict[str, AttributeValue] = {

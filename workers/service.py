@@ -119,20 +119,20 @@ class Service:
         try:
             async with asyncio.timeout(DRAIN_DEADLINE_S):
                 await self._requests.in_flight.idle()
-                await self._prefills.in_flight.idle()
+                await self._prefills.idle()
         except TimeoutError:
-            left = len(self._requests.in_flight) + len(self._prefills.in_flight)
+            left = len(self._requests.in_flight) + len(self._prefills)
             log.warning("%d requests did not finish within %.0f s", left, DRAIN_DEADLINE_S)
 
     async def _abort(self, failure: str | None) -> None:
         """End what is left, and see the last deltas out."""
         name = self._record.name
         self._requests.abort(WorkerLost(name, "it shuts down") if failure is None else WorkerError(failure))
-        self._prefills.in_flight.cancel_all()
+        self._prefills.cancel_all()
         try:
             async with asyncio.timeout(SETTLE_DEADLINE_S):
                 await self._requests.in_flight.idle()
-                await self._prefills.in_flight.idle()
+                await self._prefills.idle()
         except TimeoutError:
             log.error("the engine does not let go of its requests")
         try:

@@ -14,7 +14,8 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from dynamo_lite.config import ProcessSpec
 from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerError
 from dynamo_lite.plane.wire import Fingerprint, Incarnation, PushTarget, Role, Sampling
-from kvbm.events import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent, Tier
+from kvbm.events import KvEvent, Tier
+from kvbm.ledger import BlockLedger
 from kvbm.pool import BlockPool
 from workers.engine import EngineInfo, EngineLoad, Job, Output, PrefillJob, RemotePrefill, TransferReport
 from workers.metrics import SimMetrics
@@ -49,7 +50,7 @@ class SimEngine:
         self._holds: dict[str, int] = {}
         self._work = asyncio.Event()
         self._events: asyncio.Queue[tuple[KvEvent, ...]] = asyncio.Queue()
-        self._consumed: set[int] = set()  # block hashes as of the events handed out
+        self._ledger = BlockLedger()  # as of the events handed out
         self._loop: asyncio.Task[None] | None = None
         self._reason = ""
         self._dead = asyncio.Event()
@@ -159,18 +160,10 @@ class SimEngine:
     async def kv_events(self) -> AsyncGenerator[tuple[KvEvent, ...], None]:
         while True:
             events = await self._events.get()
-            for event in events:
-                if isinstance(event, BlocksStored):
-                    self._consumed.update(event.hashes)
-                elif isinstance(event, BlocksRemoved):
-                    self._consumed.difference_update(event.hashes)
-                else:
-                    assert isinstance(event, BlocksCleared)
-                    self._consumed.clear()
-            yield events
+            yield self._ledger.fold(events)
 
     def snapshot(self) -> dict[Tier, tuple[int, ...]]:
-        return {Tier.DEVICE: tuple(self._consumed)}
+        return self._ledger.snapshot()
 
     def load(self) -> EngineLoad:
         return EngineLoad(

@@ -117,6 +117,7 @@ class Worker:
 
     def _phase(self, phase: Phase) -> None:
         self._loading = False
+        log.info("%s", phase)
         self._status.phase(phase)
 
     async def _probe(self) -> None:
