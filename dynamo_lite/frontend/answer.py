@@ -48,9 +48,7 @@ class Answer:
     whole: ClassVar[str]  # the `object` of a whole answer
     part: ClassVar[str]  # and of an event
 
-    def __init__(
-        self, request_id: str, model: str, vocabulary: Vocabulary, *, include_usage: bool = False
-    ) -> None:
+    def __init__(self, request_id: str, model: str, vocabulary: Vocabulary, *, include_usage: bool = False) -> None:
         self.id = self.id_prefix + request_id
         self._vocabulary = vocabulary
         self._include_usage = include_usage
@@ -70,9 +68,7 @@ class Answer:
             finish = b'"%b"' % piece.finish.encode()
         index = b"%d," % piece.index
         fields = b',"logprobs":%b,"finish_reason":%b' % (logprobs, finish)
-        return b"".join(
-            (self._opening(piece.index), self._begin, index, self._text(piece.text), fields, self._end)
-        )
+        return b"".join((self._opening(piece.index), self._begin, index, self._text(piece.text), fields, self._end))
 
     def last_events(self, counts: dict[str, Any]) -> bytes:
         if not self._include_usage:
@@ -116,9 +112,7 @@ class ChatAnswer(Answer):
 
     id_prefix, whole, part = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(
-        self, request_id: str, model: str, vocabulary: Vocabulary, *, include_usage: bool = False
-    ) -> None:
+    def __init__(self, request_id: str, model: str, vocabulary: Vocabulary, *, include_usage: bool = False) -> None:
         super().__init__(request_id, model, vocabulary, include_usage=include_usage)
         self._opened: set[int] = set()
 
@@ -153,9 +147,7 @@ class CompletionAnswer(Answer):
 
     id_prefix, whole, part = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(
-        self, request_id: str, model: str, vocabulary: Vocabulary, *, include_usage: bool = False
-    ) -> None:
+    def __init__(self, request_id: str, model: str, vocabulary: Vocabulary, *, include_usage: bool = False) -> None:
         super().__init__(request_id, model, vocabulary, include_usage=include_usage)
         self._offsets: dict[int, int] = {}  # by choice: characters of text so far
 

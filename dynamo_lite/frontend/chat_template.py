@@ -68,6 +68,4 @@ class ChatTemplate:
                 **self._special_tokens,
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise RequestError(
-                f"The model's chat template refuses the messages: {error}", "messages"
-            ) from error
+            raise RequestError(f"The model's chat template refuses the messages: {error}", "messages") from error

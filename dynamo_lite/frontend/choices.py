@@ -25,9 +25,7 @@ class Piece:
 class Choice:
     """Feeds on the deltas of one sequence. `stopped`: a stop string ended it, the worker must be told."""
 
-    def __init__(
-        self, index: int, vocabulary: Vocabulary, prompt: Sequence[int], work: Work, min_tokens: int
-    ) -> None:
+    def __init__(self, index: int, vocabulary: Vocabulary, prompt: Sequence[int], work: Work, min_tokens: int) -> None:
         self.index = index
         self.tokens = 0  # generated, the one that ended it included
         self.finish: str | None = None

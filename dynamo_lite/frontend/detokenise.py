@@ -54,9 +54,7 @@ class WindowDetokeniser:
     character can be.
     """
 
-    def __init__(
-        self, decode: Callable[[list[int]], str], special: Container[int], context: Sequence[int]
-    ) -> None:
+    def __init__(self, decode: Callable[[list[int]], str], special: Container[int], context: Sequence[int]) -> None:
         self._decode = decode
         self._special = special
         self._ids = [token_id for token_id in context[-CONTEXT:] if token_id not in special]

@@ -28,13 +28,9 @@ def _check_prompt(value: object) -> str | list[str] | list[int] | list[list[int]
         return value
     if isinstance(value, list):
         kinds = set(map(type, value))
-        if kinds in ({str}, {int}) or (
-            kinds == {list} and all(set(map(type, part)) == {int} for part in value)
-        ):
+        if kinds in ({str}, {int}) or (kinds == {list} and all(set(map(type, part)) == {int} for part in value)):
             return value
-    raise _wrong(
-        "must be a text, a list of texts, a list of token ids, or a list of lists of token ids; not empty"
-    )
+    raise _wrong("must be a text, a list of texts, a list of token ids, or a list of lists of token ids; not empty")
 
 
 def _check_stop(value: object) -> list[str]:
@@ -111,9 +107,7 @@ Content = Annotated[str, PlainValidator(_check_content), _schema(_TEXT, _array(_
 Bias = Annotated[
     dict[int, float],
     PlainValidator(_check_bias),
-    WithJsonSchema(
-        {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}
-    ),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}),
 ]
 TokenId = Annotated[int, Field(ge=0)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
@@ -151,9 +145,7 @@ class Common(Body):
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    cache_salt: str | None = Field(
-        None, max_length=256, description="Requests share cached prefixes per salt."
-    )
+    cache_salt: str | None = Field(None, max_length=256, description="Requests share cached prefixes per salt.")
     user: str | None = Field(None, description="Accepted, without effect.")
 
 

@@ -177,9 +177,7 @@ def _read_tokenizer(model: Path) -> Tokenizer:
     try:
         made = AutoTokenizer.from_pretrained(str(model))
     except (OSError, ValueError, ImportError) as error:
-        raise StartError(
-            "tokenizer", f"transformers cannot read the tokenizer in {model}: {error}"
-        ) from error
+        raise StartError("tokenizer", f"transformers cannot read the tokenizer in {model}: {error}") from error
     backend = getattr(made, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise StartError("tokenizer", f"the tokenizer in {model} has no fast form")

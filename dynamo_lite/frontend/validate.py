@@ -62,13 +62,7 @@ def _named(error: ValidationError) -> RequestError:
     if first["type"] == "extra_forbidden":
         return RequestError(f"Unknown field '{param}'.", param, "unknown_parameter")
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removesuffix(".")
-    verb = (
-        ""
-        if first["type"] == "value"
-        else "should be "
-        if first["msg"].startswith("Input should be ")
-        else ""
-    )
+    verb = "" if first["type"] == "value" else "should be " if first["msg"].startswith("Input should be ") else ""
     return RequestError(f"'{param}' {verb}{message}.", param, "invalid_value")
 
 
@@ -101,6 +95,4 @@ def _check_together(request: Common) -> None:
                 "unsupported_parameter",
             )
         if request.max_tokens == 0 and not request.echo:
-            raise RequestError(
-                "'max_tokens' should be at least 1 without 'echo'.", "max_tokens", "invalid_value"
-            )
+            raise RequestError("'max_tokens' should be at least 1 without 'echo'.", "max_tokens", "invalid_value")

@@ -10,6 +10,8 @@ from dynamo_lite.frontend.openai import MAX_PROMPTS, ChatRequest, CompletionRequ
 from dynamo_lite.frontend.tokens import Tokens
 from dynamo_lite.plane.wire import Sampling
 
+MAX_SEQUENCES = 1024  # of one request
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -41,6 +43,11 @@ class Work:
 async def prepare(request: ChatRequest | CompletionRequest, tokens: Tokens, max_model_len: int) -> Work:
     """Raises RequestError when the request cannot be carried out by this model."""
     prompts = await _prompts(request, tokens)
+    n = request.n or 1
+    if n * len(prompts) > MAX_SEQUENCES:
+        raise RequestError(
+            f"'n' times the number of prompts is {n * len(prompts)}; the most is {MAX_SEQUENCES}.", "n", "invalid_value"
+        )
     _check_ids(request, prompts, tokens.size)
     source = "messages" if isinstance(request, ChatRequest) else "prompt"
     return Work(
@@ -49,7 +56,7 @@ async def prepare(request: ChatRequest | CompletionRequest, tokens: Tokens, max_
             Task(prompt, _sampling(request, tokens, _room(request, len(prompt), max_model_len, source)))
             for prompt in prompts
         ),
-        n=request.n or 1,
+        n=n,
         stops=tuple(request.stop),
         logprobs=_logprobs(request),
         stream=bool(request.stream),
@@ -105,9 +112,7 @@ def _room(request: ChatRequest | CompletionRequest, prompt: int, limit: int, sou
         wanted, param = request.max_completion_tokens, "max_completion_tokens"
     left = limit - prompt
     if left < (1 if wanted is None else wanted):
-        asked = f"the prompt has {prompt} tokens" + (
-            f" and '{param}' asks for {wanted} more" if wanted else ""
-        )
+        asked = f"the prompt has {prompt} tokens" + (f" and '{param}' asks for {wanted} more" if wanted else "")
         raise RequestError(
             f"This model's context length is {limit} tokens, but {asked}.",
             source if left < 1 or wanted is None else param,

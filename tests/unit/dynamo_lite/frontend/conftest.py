@@ -40,9 +40,7 @@ def byte_fallback() -> Tokenizer:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{value:02X}>" for value in range(256))]
     words = ["▁", "▁the", "▁hello", "▁wor", "ld", "a", "b", "c", "▁a", "é", "好", "!", "▁▁"]
     vocab = {piece: index for index, piece in enumerate(pieces + words)}
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>", fuse_unk=True)
-    )
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,14 @@ from tokenizers import Tokenizer
 from dynamo_lite.frontend.detokenise import ByteDetokeniser, Detokeniser, WindowDetokeniser
 from dynamo_lite.frontend.tokens import Vocabulary
 
+Build = Callable[[Tokenizer, list[int]], Detokeniser]
 TEXT = st.text(alphabet=st.characters(codec="utf-8"), max_size=40)
+
+
+def id_of(tokenizer: Tokenizer, token: str) -> int:
+    token_id = tokenizer.token_to_id(token)
+    assert token_id is not None
+    return token_id
 
 
 def stream(detokeniser: Detokeniser, ids: list[int]) -> list[str]:
@@ -29,7 +38,7 @@ def by_window(tokenizer: Tokenizer, context: list[int]) -> Detokeniser:
 
 
 @pytest.mark.parametrize("build", [by_bytes, by_window])
-def test_byte_level_text_survives_any_unicode(build, bytes_tokenizer: Tokenizer) -> None:  # type: ignore[no-untyped-def]  # parametrised
+def test_byte_level_text_survives_any_unicode(build: Build, bytes_tokenizer: Tokenizer) -> None:
     @given(TEXT)
     def check(text: str) -> None:
         pieces = stream(build(bytes_tokenizer, []), bytes_tokenizer.encode(text).ids)
@@ -69,19 +78,18 @@ def test_byte_fallback_tokens_become_characters(fallback_tokenizer: Tokenizer) -
 def test_the_first_word_keeps_the_space_between_it_and_the_prompt(fallback_tokenizer: Tokenizer) -> None:
     vocabulary = Vocabulary(fallback_tokenizer)
     prompt = fallback_tokenizer.encode("hello", add_special_tokens=False).ids
-    the = fallback_tokenizer.token_to_id("▁the")
+    the = id_of(fallback_tokenizer, "▁the")
     assert vocabulary.detokeniser(prompt).push(the) == " the"
 
 
 def test_a_character_begun_in_the_prompt_is_completed(bytes_tokenizer: Tokenizer) -> None:
-    ids = [bytes_tokenizer.token_to_id(symbol) for symbol in "ðŁĻĤ"]  # the four bytes of one emoji
-    assert None not in ids
+    ids = [id_of(bytes_tokenizer, symbol) for symbol in "ðŁĻĤ"]  # the four bytes of one emoji
     pieces = stream(by_bytes(bytes_tokenizer, ids[:2]), ids[2:])
     assert "".join(pieces) == "🙂"
 
 
 def test_an_invalid_byte_run_is_not_held_for_ever(fallback_tokenizer: Tokenizer) -> None:
-    byte = fallback_tokenizer.token_to_id("<0xFF>")
+    byte = id_of(fallback_tokenizer, "<0xFF>")
     detokeniser = Vocabulary(fallback_tokenizer).detokeniser([])
     pieces = [detokeniser.push(byte) for _ in range(40)]
     assert sum(map(bool, pieces)) >= 10
@@ -89,7 +97,7 @@ def test_an_invalid_byte_run_is_not_held_for_ever(fallback_tokenizer: Tokenizer)
 
 
 def test_special_tokens_have_no_text(bytes_tokenizer: Tokenizer) -> None:
-    end = bytes_tokenizer.token_to_id("<|im_end|>")
-    think = bytes_tokenizer.token_to_id("<think>")
+    end = id_of(bytes_tokenizer, "<|im_end|>")
+    think = id_of(bytes_tokenizer, "<think>")
     for build in (by_bytes, by_window):
         assert stream(build(bytes_tokenizer, []), [end, think, end]) == ["", "<think>", "", ""]

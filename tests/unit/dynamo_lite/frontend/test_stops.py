@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,7 +38,7 @@ def test_the_first_complete_stop_string_ends_the_text_however_it_is_cut(
     stops: list[str], text: str, cuts: list[int]
 ) -> None:
     borders = [0, *sorted(cut for cut in cuts if cut <= len(text)), len(text)]
-    pieces = [text[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    pieces = [text[a:b] for a, b in itertools.pairwise(borders)]
     shown, matched, _ = run(stops, pieces)
     assert (shown, matched) == reference(stops, text)
 

@@ -76,9 +76,7 @@ def test_a_tokenizer_file_that_is_no_json_is_named(model_path: Path, tmp_path: P
 
 
 def render(source: str, *messages: dict[str, str]) -> str:
-    return ChatTemplate(source, {"eos_token": "</s>"}).render(
-        messages or ({"role": "user", "content": "hi"},)
-    )
+    return ChatTemplate(source, {"eos_token": "</s>"}).render(messages or ({"role": "user", "content": "hi"},))
 
 
 def test_templates_have_the_functions_transformers_gives_them() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from typing import Any
 
 import orjson
@@ -124,9 +126,7 @@ def test_an_unknown_field_is_refused_with_the_nearest_known_one() -> None:
     assert error.code == "unknown_parameter"
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b"1", b'"x"', b'{"a": NaN}', b"\xff", b'{"a": "\\ud800"}']
-)
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"1", b'"x"', b'{"a": NaN}', b"\xff", b'{"a": "\\ud800"}'])
 def test_what_is_no_json_object_is_refused(body: bytes) -> None:
     with pytest.raises(RequestError) as caught:
         parse_request(body, ChatRequest)
@@ -155,18 +155,12 @@ def test_null_means_default() -> None:
         st.sampled_from(sorted({*ChatRequest.model_fields, "tools", "nonsense"})),
         st.recursive(
             st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(),
-            lambda inner: (
-                st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-            ),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
             max_leaves=6,
         ),
     )
 )
 def test_any_json_is_a_request_or_a_request_error(fields: dict[str, Any]) -> None:
-    import json
-
-    try:
-        body = json.dumps(fields).encode()
+    body = json.dumps(fields).encode()
+    with contextlib.suppress(RequestError):  # any other exception would be a bug
         parse_request(body, ChatRequest)
-    except RequestError as error:
-        assert error.status == 400
