@@ -64,6 +64,7 @@ class Supervisor:
         self._starting = True
         self._keepers: dict[str, Keeper] = {}
         self._servers: dict[str, EmbeddedServer[Any]] = {}
+        self._running: tuple[StateFolder, Surroundings] | None = None  # once there are processes
 
     async def run(self) -> None:
         """Returns after SIGTERM or SIGINT. Raises StartError or ConfigError, when everything is down again."""
@@ -153,16 +154,16 @@ class Supervisor:
             reason = await server.died()
             while True:
                 delay_s = backoff.next(time.monotonic() - began)
-                self._progress.phase(name, "failed", f"{reason}; starts again in {delay_s:g} s (log: {server.log})")
+                self._tell(name, "failed", f"{reason}; starts again in {delay_s:g} s (log: {server.log})")
                 await asyncio.sleep(delay_s)
-                self._progress.phase(name, "starting")
+                self._tell(name, "starting")
                 try:
                     await server.restart()
                     break
                 except StartError as error:
                     reason = error.reason
             began = time.monotonic()
-            self._progress.phase(name, "ready")
+            self._tell(name, "ready")
 
     async def _reachable(self, name: str, *urls: str) -> None:
         """An existing server that is not there is a failed start, not something to wait for. One of several will do."""
@@ -191,14 +192,10 @@ class Supervisor:
         return folder
 
     async def _run_processes(self, state: StateFolder, around: Surroundings) -> None:
-        def tell(name: str, phase: Phase, detail: str) -> None:
-            self._progress.phase(name, phase, detail)
-            if phase != "starting":
-                self._write_run(state, around)
-
+        self._running = state, around
         for process in self._plan.processes:
             grace_s = FRONTEND_GRACE_S if process.role == "frontend" else WORKER_GRACE_S
-            keeper = Keeper(process.name, partial(self._spawn, state, process, around), tell, grace_s)
+            keeper = Keeper(process.name, partial(self._spawn, state, process, around), self._tell, grace_s)
             self._keepers[process.name] = keeper
         async with asyncio.TaskGroup() as group:
             tasks = {keeper.name: group.create_task(keeper.run()) for keeper in self._keepers.values()}
@@ -206,7 +203,7 @@ class Supervisor:
                 for keeper in self._keepers.values():
                     await keeper.ready.wait()
                 await self._answering(around.port)
-                self._announce(state, around)
+                self._announce(around.port.url)
                 await self._ending.wait()
             finally:
                 frontends = [tasks[process.name] for process in self._plan.processes if process.role == "frontend"]
@@ -249,18 +246,26 @@ class Supervisor:
             log = str(child.log) if child else ""
             raise StartError(name, f"not ready to serve within {ANSWER_DEADLINE_S:.0f} s", log) from None
 
-    def _announce(self, state: StateFolder, around: Surroundings) -> None:
+    def _announce(self, url: str) -> None:
         self._starting = False
-        self._write_run(state, around)
+        self._write_run()
         self._progress.close()
         model = self._plan.config.model_name
         question = {"role": "user", "content": "What is the capital of France?"}
         quoted = shlex.quote(json.dumps({"model": model, "messages": [question], "max_tokens": 64}))
-        url = around.port.url
         command = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {quoted}"
         print(f"Ready after {self._progress.seconds:.1f} s: {url}/v1 serves {model}. Try: {command}", flush=True)
 
-    def _write_run(self, state: StateFolder, around: Surroundings) -> None:
+    def _tell(self, name: str, phase: Phase, detail: str = "") -> None:
+        """A part has come to `phase`: for people, and for programs that read the run file."""
+        self._progress.phase(name, phase, detail)
+        if phase != "starting":
+            self._write_run()
+
+    def _write_run(self) -> None:
+        if self._running is None:
+            return
+        state, around = self._running
         processes = []
         for process in self._plan.processes:
             keeper = self._keepers[process.name]

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dynamo_lite.cli import app
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_help_teaches_the_first_steps() -> None:
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    for taught in ("dynamo-lite serve configs/quickstart.yaml", "dynamo-lite check", "--set", "metadata-server"):
+        assert taught in result.output
+
+
+def test_check_prints_the_plan(cache: Path) -> None:
+    result = CliRunner().invoke(app, ["check", str(CONFIGS / "quickstart.yaml"), "--set", "frontend.port=9000"])
+    assert result.exit_code == 0
+    assert "http://127.0.0.1:9000" in result.output
+    assert "prefill-0 → decode-0" in result.output
+    assert str(cache / "dynamo-lite" / "state" / "default") in result.output
+
+
+def test_check_of_a_file_for_other_hosts_warns_and_ends_well() -> None:
+    result = CliRunner().invoke(app, ["check", str(CONFIGS / "dynamo.yaml")])
+    assert result.exit_code == 0
+    assert "this host cannot serve it" in result.output
+
+
+def test_check_of_a_wrong_file_ends_with_2(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text("workers:\n  decode:\n    cuont: 2\n")
+    result = CliRunner().invoke(app, ["check", str(file)])
+    assert result.exit_code == 2
+    assert f"Error: {file}:3:5: unknown key 'cuont' in workers.decode (did you mean 'count'?)" in result.output
+
+
+def test_memory_that_does_not_fit_is_refused_at_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "large.yaml"
+    file.write_text("workers:\n  decode:\n    gpu_type: cpu\n    kv_cache: 900TiB\n")
+    result = CliRunner().invoke(app, ["serve", str(file)])
+    assert result.exit_code == 2
+    assert f"Error: {file}:4:5: needs 921601." in result.output
+    assert "use less kv_cache or fewer workers" in result.output
+
+
+def test_version_is_the_installed_one() -> None:
+    result = CliRunner().invoke(app, ["version"])
+    assert result.output.strip()[0].isdigit()
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, dynamo_lite.cli; "
+        "heavy = {'torch', 'vllm', 'transformers', 'fastapi', 'nats', 'grpc', 'huggingface_hub', 'gguf'}; "
+        "print(sorted(heavy & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
