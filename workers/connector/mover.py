@@ -70,10 +70,12 @@ class Mover:
         planes: Planes,
         settings: MoverSettings,
         report: Callable[[Report], None],
+        on_bug: Callable[[BaseException], None] = lambda _: None,
     ) -> None:
+        """`report` and `on_bug` are called on the mover's thread; the latter when it ends by an error of ours."""
         slot_bytes = max(settings.piece // planes.block_bytes, 1) * planes.block_bytes
         copier = Copier(planes)
-        self._engine, self._report, self._settings = engine, report, settings
+        self._engine, self._report, self._settings, self._on_bug = engine, report, settings, on_bug
         self._device = planes.device
         outgoing = Staging(engine, settings.staging, slot_bytes, planes.device)
         incoming = Staging(engine, settings.staging, slot_bytes, planes.device)
@@ -92,7 +94,7 @@ class Mover:
         self._stopped = False
         self._changed = threading.Event()
         self._held: dict[str, int] = {}
-        self._thread = threading.Thread(target=self._run, name="dynamo-lite-mover", daemon=True)
+        self._thread = threading.Thread(target=self._live, name="dynamo-lite-mover", daemon=True)
         self._thread.start()
 
     # ---- from vLLM's thread ----
@@ -149,6 +151,13 @@ class Mover:
         with self._wake:
             self._todo.append(action)
             self._wake.notify()
+
+    def _live(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:
+            self._on_bug(error)
+            raise
 
     def _run(self) -> None:
         last = time.monotonic()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+
 import torch
 
 from workers.connector.channel import ConnectorEnd
@@ -12,6 +15,12 @@ from workers.transfer.nixl import NixlEngine
 
 # How long an engine with nothing to compute sleeps in a step, unless a transfer ends; it would spin otherwise.
 _IDLE_STEP_S = 0.002
+
+
+def _end_process(error: BaseException) -> None:
+    """Without its mover an engine would hold requests for ever; dead, it is noticed and started again."""
+    logging.getLogger(__name__).critical("the mover ended by a bug", exc_info=error)
+    os._exit(1)
 
 
 class WorkerSide:
@@ -28,7 +37,7 @@ class WorkerSide:
         """The engine's KV memory exists: start the transfer engine and say hello. Raises Mismatch, TransferError."""
         planes = planes_of(kv_caches, num_blocks)
         engine = NixlEngine(self._name, self._threads)
-        self._mover = Mover(engine, planes, self._settings, self._channel.report)
+        self._mover = Mover(engine, planes, self._settings, self._channel.report, _end_process)
         self._channel.listen(self._mover.command, self._mover.close)
         self._channel.report(
             Hello(

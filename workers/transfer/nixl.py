@@ -63,6 +63,7 @@ class NixlEngine:
         NIXL's progress thread spins: measured on an idle pair, it takes 0.3–0.6 of a core per agent, and the mover
         polls anyway while transfers are open. More threads pay only with several fast network ports.
         """
+        self.name = name
         more = threads > 1
         config = nixl_agent_config(enable_prog_thread=more, num_threads=threads if more else 0, backends=["UCX"])
         self._agent = nixl_agent(name, config)
