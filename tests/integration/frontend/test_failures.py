@@ -1,0 +1,156 @@
+"""Workers that die, freeze or are not there; and the end of the frontend itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.integration.frontend.conftest import MODEL, settings
+from tests.integration.serving.deployment import Deployment, serve, until
+
+BODY: dict[str, Any] = {"model": MODEL, "prompt": "hi", "max_tokens": 1000, "stream": True}
+
+
+@pytest.fixture
+def pair(model_path: Path, tmp_path: Path) -> Iterator[Deployment]:
+    """Two decode workers of its own for a test that kills them."""
+    workers = {"decode": {"count": 2}}
+    with serve(tmp_path, settings(model_path, workers=workers)) as running:
+        yield running
+
+
+@pytest.fixture
+def http(pair: Deployment) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=pair.url, timeout=60) as connected:
+        yield connected
+
+
+def worker_of(pair: Deployment, answer: httpx.Response) -> str:
+    """Which worker a streaming request was sent to."""
+    trace_id = answer.headers["traceparent"].split("-")[1]
+
+    def routes() -> list[dict[str, Any]]:
+        return [span for span in pair.spans() if span["trace_id"] == trace_id and span["name"] == "route"]
+
+    until(lambda: bool(routes()), "the route span")
+    return str(routes()[0]["attributes"]["dynamo.route.worker"])
+
+
+def test_a_worker_that_dies_ends_its_streams_with_an_error_event(pair: Deployment, http: httpx.Client) -> None:
+    with http.stream("POST", "/v1/completions", json=BODY) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        pair.kill(worker_of(pair, answer))
+        died_at = time.monotonic()
+        events = [json.loads(line.removeprefix("data: ")) for line in lines if line]  # a [DONE] would be no JSON
+        assert time.monotonic() - died_at < 3
+    error = events[-1]["error"]
+    assert error["code"] == "worker_lost"
+    assert not any(choice["finish_reason"] for event in events[:-1] for choice in event["choices"])
+    next_one = http.post("/v1/completions", json=BODY | {"max_tokens": 2, "stream": False})
+    assert next_one.status_code == 200
+
+
+def test_openais_client_sees_the_error_of_a_broken_stream(pair: Deployment) -> None:
+    client = openai.OpenAI(base_url=f"{pair.url}/v1", api_key="none", max_retries=0, timeout=60)
+    stream = client.completions.create(model=MODEL, prompt="hi", max_tokens=1000, stream=True)
+    next(stream)
+    for name in ("decode-0", "decode-1"):
+        pair.kill(name)
+    with pytest.raises(openai.APIError, match="was lost"):
+        list(stream)
+
+
+@contextmanager
+def frozen(pair: Deployment, name: str) -> Iterator[None]:
+    pid = pair.pid(name)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_a_request_to_a_frozen_worker_is_answered_by_another(pair: Deployment, http: httpx.Client) -> None:
+    whole = BODY | {"max_tokens": 4, "stream": False}
+    with frozen(pair, "decode-0"):
+        for _ in range(3):  # whichever they are placed on
+            started = time.monotonic()
+            assert http.post("/v1/completions", json=whole).status_code == 200
+            assert time.monotonic() - started < 5
+
+
+def test_a_stream_of_a_worker_that_freezes_ends_with_an_error_event(pair: Deployment, http: httpx.Client) -> None:
+    with http.stream("POST", "/v1/completions", json=BODY) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        with frozen(pair, worker_of(pair, answer)):
+            events = [line for line in lines if line]
+    assert "worker_lost" in events[-1]
+
+
+def test_a_stream_survives_sigterm_and_nobody_new_is_let_in(model_path: Path, tmp_path: Path) -> None:
+    with serve(tmp_path, settings(model_path, workers={"both": {"count": 1}})) as running:
+        with httpx.stream("POST", f"{running.url}/v1/completions", json=BODY | {"max_tokens": 300}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            os.kill(running.pid("frontend-0"), signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        until(lambda: running.restarted("frontend-0", 2), "the frontend's restart")
+
+
+def test_without_workers_a_request_is_told_to_come_back(model_path: Path, tmp_path: Path) -> None:
+    alone = settings(model_path, workers={"both": {"count": 1}})
+    with serve(tmp_path, alone) as running, httpx.Client(base_url=running.url, timeout=60) as http:
+        running.kill("both-0")
+        answer = http.post("/v1/completions", json=BODY)
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) > 0
+        assert answer.json()["error"]["type"] == "service_unavailable"
+        assert http.get("/health/ready").status_code == 503
+        assert http.get("/health/live").status_code == 200
+        until(lambda: http.get("/health/ready").status_code == 200, "readiness again")
+
+
+def test_a_request_that_takes_too_long_ends(model_path: Path, tmp_path: Path) -> None:
+    slow = settings(model_path, workers={"both": {"count": 1}}, frontend={"request_timeout_s": 1.0})
+    with serve(tmp_path, slow) as running, httpx.Client(base_url=running.url, timeout=60) as http:
+        whole = http.post("/v1/completions", json=BODY | {"stream": False})
+        assert whole.status_code == 504
+        assert whole.json()["error"]["type"] == "timeout"
+        with http.stream("POST", "/v1/completions", json=BODY) as answer:
+            events = [line for line in answer.iter_lines() if line]
+        assert '"timeout"' in events[-1]
+
+
+def test_many_streams_at_once_are_all_complete(deployment: Deployment) -> None:
+    texts: dict[int, str] = {}
+
+    def ask(number: int) -> None:
+        client = openai.OpenAI(base_url=f"{deployment.url}/v1", api_key="none", max_retries=0, timeout=60)
+        stream = client.completions.create(
+            model=MODEL, prompt=f"number {number % 8}", max_tokens=50, temperature=0, stream=True
+        )
+        texts[number] = "".join(chunk.choices[0].text for chunk in stream)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(texts) == 32
+    for number, text in texts.items():
+        assert text
+        assert text == texts[number % 8]
