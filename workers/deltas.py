@@ -97,17 +97,17 @@ class DeltaSender:
 
     async def _publish(self, frontend: FrontendId) -> None:
         deltas = self._waiting.pop(frontend)
-        subject = self._subjects.deltas(frontend)
+        subject, bounced = self._subjects.deltas(frontend), self._subjects.bounced(self._worker, frontend)
         for data in batches(self._worker, self._sent.get(frontend, 0) + 1, deltas):
-            await self._deliver(subject, data)
+            await self._deliver(subject, data, bounced)
             self._sent[frontend] = self._sent.get(frontend, 0) + 1
             self._metrics.delta_batches.inc()
 
-    async def _deliver(self, subject: str, data: bytes) -> None:
+    async def _deliver(self, subject: str, data: bytes, reply: str) -> None:
         """Publish, however long that takes: a delta that is skipped would end its stream."""
         while True:
             try:
-                return await self._bus.publish(subject, data)
+                return await self._bus.publish(subject, data, reply)
             except PlaneError as error:
                 log.warning("deltas wait for NATS: %s", error)
             await asyncio.sleep(_RETRY_S)

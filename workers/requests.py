@@ -84,6 +84,17 @@ class Requests:
             task.cancel()
         return True
 
+    def bounced(self, message: Message) -> None:
+        """Handler of the bounced subject: a frontend that is gone has no use for its requests."""
+        if not message.no_responders or self._serving.bus.settling:
+            return
+        frontend = message.subject.rpartition(".")[2]
+        lost = [state.wire.request_id for state in self._requests.values() if state.wire.frontend == frontend]
+        if lost:
+            log.warning("frontend %s is gone; its %d requests end", frontend, len(lost))
+        for request_id in lost:
+            self.in_flight.cancel(request_id)
+
     def abort(self, error: DynamoError) -> None:
         """End everything in flight with `error`."""
         for state in self._requests.values():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -11,10 +13,10 @@ from dynamo_lite.config import ProcessSpec
 from dynamo_lite.errors import ProtocolMismatch, WorkerError, WorkerLost
 from dynamo_lite.plane.bus import Bus, Message, Subscription
 from dynamo_lite.plane.discovery import Discovery
-from dynamo_lite.plane.wire import Cancel, InstanceRecord, Pong, Role, Subjects, decode, encode
+from dynamo_lite.plane.wire import Cancel, Incarnation, InstanceRecord, Pong, Role, Subjects, decode, encode
 from dynamo_lite.status import Phase
 from workers.deltas import DeltaSender
-from workers.engine import Engine
+from workers.engine import Engine, EngineInfo
 from workers.metrics import WorkerMetrics
 from workers.prefills import Prefills
 from workers.reports import Reports
@@ -41,6 +43,23 @@ async def scope() -> AsyncIterator[asyncio.TaskGroup]:
             raise _Ended
     except* _Ended:
         pass
+
+
+def instance_record(spec: ProcessSpec, incarnation: Incarnation, info: EngineInfo, metrics_url: str) -> InstanceRecord:
+    """What others learn of this process."""
+    return InstanceRecord(
+        name=spec.name,
+        incarnation=incarnation,
+        role=Role(spec.role),
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        served_model=spec.config.model_name,
+        fingerprint=info.fingerprint,
+        kv_blocks=info.kv_blocks,
+        max_model_len=info.max_model_len,
+        max_num_seqs=info.max_num_seqs,
+        metrics_url=metrics_url,
+    )
 
 
 class Service:
@@ -98,6 +117,7 @@ class Service:
         await bus.serve(subjects.ping(me), self._pong, self._group)
         await bus.serve(subjects.snapshot(me), self._reports.snapshot, self._group)
         if self._record.role.decodes:
+            await bus.subscribe(subjects.bounced(me), self._requests.bounced)
             self._intake.append(await bus.subscribe(subjects.generate(me), self._requests.receive))
         if self._record.role is not Role.DECODE:
             self._intake.append(await bus.serve(subjects.prefill(me), self._prefills.answer, self._group))

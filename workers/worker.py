@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
-import socket
 import sys
 import uuid
 from contextlib import AsyncExitStack, aclosing
@@ -21,13 +19,13 @@ from dynamo_lite.config import ProcessSpec
 from dynamo_lite.errors import DynamoError, StartError
 from dynamo_lite.plane.bus import Bus
 from dynamo_lite.plane.discovery import Discovery
-from dynamo_lite.plane.wire import Incarnation, InstanceRecord, RequestId, Role, Sampling
+from dynamo_lite.plane.wire import Incarnation, RequestId, Role, Sampling
 from dynamo_lite.status import Phase, Status
 from dynamo_lite.tasks import background
 from dynamo_lite.telemetry import metrics_server, setup_logging, tracing
-from workers.engine import Engine, EngineInfo, Job
+from workers.engine import Engine, Job
 from workers.metrics import WorkerMetrics
-from workers.service import Service, scope
+from workers.service import Service, instance_record, scope
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +110,14 @@ class Worker:
             bus = await stack.enter_async_context(Bus.connect(self._spec.nats, self._spec.name))
             discovery = await stack.enter_async_context(Discovery.connect(self._spec.etcd, config.namespace))
             async with scope() as group:
-                service = Service(self._spec, self._record(info, url), self._engine, bus, metrics, group)
+                service = Service(
+                    self._spec,
+                    instance_record(self._spec, self._incarnation, info, url),
+                    self._engine,
+                    bus,
+                    metrics,
+                    group,
+                )
                 await service.run(discovery, self._stop, self._phase)
 
     def _phase(self, phase: Phase) -> None:
@@ -129,18 +134,3 @@ class Worker:
                     pass
         except TimeoutError:
             raise StartError(self._spec.name, f"no first token within {_PROBE_DEADLINE_S:.0f} s") from None
-
-    def _record(self, info: EngineInfo, metrics_url: str) -> InstanceRecord:
-        return InstanceRecord(
-            name=self._spec.name,
-            incarnation=self._incarnation,
-            role=self._role,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            served_model=self._spec.config.model_name,
-            fingerprint=info.fingerprint,
-            kv_blocks=info.kv_blocks,
-            max_model_len=info.max_model_len,
-            max_num_seqs=info.max_num_seqs,
-            metrics_url=metrics_url,
-        )

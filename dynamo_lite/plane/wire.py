@@ -302,6 +302,10 @@ class Subjects:
         """DeltaBatch, published by workers to one frontend."""
         return f"{self.root}.f.{frontend}.deltas"
 
+    def bounced(self, worker: Incarnation, frontend: str = "*") -> str:
+        """Reply subject of `deltas`: the server answers here with "no responders" when the frontend is gone."""
+        return f"{self.root}.w.{worker}.bounced.{frontend}"
+
     def undelivered(self, frontend: FrontendId, request_id: str = "*") -> str:
         """Reply subject of `generate`: the server answers here with "no responders" when the worker is gone."""
         return f"{self.root}.f.{frontend}.undelivered.{request_id}"

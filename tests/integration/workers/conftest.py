@@ -16,6 +16,7 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # read at its first import; children exec at once anyhow
 
@@ -29,17 +30,22 @@ from dynamo_lite.plane.wire import (
     Empty,
     FrontendId,
     GenerateRequest,
+    Incarnation,
     InstanceRecord,
     LoadReport,
     RequestId,
+    Role,
     Sampling,
     Subjects,
     decode,
     encode,
 )
 from dynamo_lite.processes import Child, running
+from dynamo_lite.status import Phase
 from kvbm.events import KvEventBatch, KvSnapshot
-from workers.service import scope
+from workers.metrics import WorkerMetrics
+from workers.service import Service, instance_record, scope
+from workers.sim_engine import SimEngine
 
 DEADLINE_S = 30.0
 CONFIG = {"vocab_size": 5000, "max_position_embeddings": 4096, "eos_token_id": 2, "bos_token_id": 1}
@@ -79,8 +85,19 @@ class Stream:
         return [token for delta in self.deltas if delta.index == index for token in delta.token_ids]
 
 
+@dataclass
+class Local:
+    """A worker that runs in this process."""
+
+    engine: SimEngine
+    task: asyncio.Task[None]
+    stop: asyncio.Event
+    phases: list[Phase]
+    registry: CollectorRegistry
+
+
 class Fleet:
-    """Starts workers; sends them requests; knows what they report."""
+    """Sends requests to workers; knows what they report."""
 
     def __init__(self, bus: Bus, membership: Membership, subjects: Subjects) -> None:
         self.bus, self.membership, self.subjects = bus, membership, subjects
@@ -91,6 +108,7 @@ class Fleet:
         self.bounced: list[str] = []
         self.loads: dict[str, LoadReport] = {}
         self.children: dict[str, Child] = {}
+        self.local: dict[str, Local] = {}
         self._news = asyncio.Event()
 
     async def follow(self) -> None:
@@ -166,7 +184,10 @@ class Fleet:
 
     async def metrics(self, record: InstanceRecord) -> dict[str, float]:
         """Samples by name and labels as the page writes them."""
-        page = await asyncio.to_thread(lambda: urlopen(record.metrics_url, timeout=5).read().decode())
+        if record.name in self.local:
+            page = generate_latest(self.local[record.name].registry).decode()
+        else:
+            page = await asyncio.to_thread(lambda: urlopen(record.metrics_url, timeout=5).read().decode())
         lines = [line.rpartition(" ") for line in page.splitlines() if not line.startswith("#")]
         return {name: float(value) for name, _, value in lines}
 
@@ -199,37 +220,63 @@ async def fleet(nats: NatsAddress, etcd: EtcdAddress) -> AsyncIterator[Fleet]:
 
 
 @pytest.fixture
-async def start(fleet: Fleet, nats: NatsAddress, etcd: EtcdAddress, tmp_path: Path) -> AsyncIterator[StartWorker]:
-    """`await start("decode-0", kv_blocks=…)`: a worker process of the role in its name; keywords are `sim` settings."""
+def spec(nats: NatsAddress, etcd: EtcdAddress, tmp_path: Path) -> Callable[[str, dict[str, object]], ProcessSpec]:
+    """The spec of a worker of the role in its name, with these `sim` settings."""
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(CONFIG))
+
+    def make(name: str, sim: dict[str, object]) -> ProcessSpec:
+        config = Config.model_validate(
+            {
+                "engine": "sim",
+                "namespace": "test",
+                "kv_transfer": {"timeout_ms": 1000},
+                "telemetry": {"traces": {"file": str(tmp_path / "traces.jsonl")}},
+                "sim": {"decode_step_ms": 1, "prefill_ms_per_token": 0.001} | sim,
+            }
+        )
+        fields = {"role": name.partition("-")[0], "name": name, "model_path": model, "state_dir": tmp_path}
+        return ProcessSpec.model_validate({"config": config, "nats": nats, "etcd": etcd} | fields)
+
+    return make
+
+
+@pytest.fixture
+async def start(fleet: Fleet, spec: Callable[..., ProcessSpec]) -> AsyncIterator[StartWorker]:
+    """`await start("decode-0", kv_blocks=…)`: a worker in this process; keywords are `sim` settings."""
     async with AsyncExitStack() as stack:
 
         async def begin(name: str, **sim: object) -> InstanceRecord:
-            config = Config.model_validate(
-                {
-                    "engine": "sim",
-                    "namespace": "test",
-                    "kv_transfer": {"timeout_ms": 1000},
-                    "telemetry": {"traces": {"file": str(tmp_path / "traces.jsonl")}},
-                    "sim": {"decode_step_ms": 1, "prefill_ms_per_token": 0.001} | sim,
-                }
-            )
-            spec = ProcessSpec(
-                config=config,
-                role=name.partition("-")[0],
-                name=name,
-                model_path=model,
-                nats=nats,
-                etcd=etcd,
-                state_dir=tmp_path,
-            )
+            worker = spec(name, sim)
+            role, incarnation, registry = Role(worker.role), Incarnation(uuid.uuid4().hex), CollectorRegistry()
+            engine = SimEngine(worker, role, incarnation, registry)
+            stack.push_async_callback(engine.close)
+            record = instance_record(worker, incarnation, await engine.start(), "")
+            bus = await stack.enter_async_context(Bus.connect(worker.nats, name))
+            discovery = await stack.enter_async_context(Discovery.connect(worker.etcd, "test"))
+            group = await stack.enter_async_context(scope())
+            service = Service(worker, record, engine, bus, WorkerMetrics(role, registry), group)
+            stop, phases = asyncio.Event(), list[Phase]()
+            task = asyncio.get_running_loop().create_task(service.run(discovery, stop, phases.append))
+            stack.push_async_callback(asyncio.wait, (task,))
+            stack.callback(stop.set)
+            fleet.local[name] = Local(engine, task, stop, phases, registry)
+            return await fleet.record(name)
+
+        yield begin
+
+
+@pytest.fixture
+async def start_process(fleet: Fleet, spec: Callable[..., ProcessSpec], tmp_path: Path) -> AsyncIterator[StartWorker]:
+    """Like `start`, but a process of its own, which can be killed."""
+    async with AsyncExitStack() as stack:
+
+        async def begin(name: str, **sim: object) -> InstanceRecord:
             file = tmp_path / f"{name}.json"
-            file.write_text(spec.model_dump_json())
-            child = Child.start(
-                name, [sys.executable, "-m", "dynamo_lite.process", str(file)], tmp_path / "logs" / f"{name}.log"
-            )
+            file.write_text(spec(name, sim).model_dump_json())
+            command = [sys.executable, "-m", "dynamo_lite.process", str(file)]
+            child = Child.start(name, command, tmp_path / "logs" / f"{name}.log")
             await stack.enter_async_context(running(child, grace_s=10))
             fleet.children[name] = child
             return await fleet.record(name)

@@ -24,8 +24,8 @@ from tests.integration.workers.conftest import GREEDY, PROMPT, Fleet, StartWorke
 LONG = Sampling(max_tokens=3000, temperature=0.0)
 
 
-async def test_a_worker_registers_what_others_need_to_know(fleet: Fleet, start: StartWorker) -> None:
-    record = await start("decode-0", kv_blocks=100)
+async def test_a_worker_registers_what_others_need_to_know(fleet: Fleet, start_process: StartWorker) -> None:
+    record = await start_process("decode-0", kv_blocks=100)
     assert (record.role, record.kv_blocks, record.max_model_len) == (Role.DECODE, 100, 1600)
     assert record.fingerprint.engine == "sim"
     assert record.metrics_url.startswith("http://127.0.0.1:")
@@ -54,9 +54,11 @@ async def test_one_message_holds_the_deltas_of_all_requests_of_a_step(fleet: Fle
 
 
 async def test_a_remote_prefill_gives_the_output_of_a_local_one(
-    fleet: Fleet, start: StartWorker, tmp_path: Path
+    fleet: Fleet, start_process: StartWorker, tmp_path: Path
 ) -> None:
-    decode_0, prefill_0, both_0 = await asyncio.gather(start("decode-0"), start("prefill-0"), start("both-0"))
+    decode_0, prefill_0, both_0 = await asyncio.gather(
+        start_process("decode-0"), start_process("prefill-0"), start_process("both-0")
+    )
     for sampling in (GREEDY, Sampling(max_tokens=20, temperature=1.0, seed=5)):
         alone = await fleet.send(both_0, PROMPT, sampling)
         apart = await fleet.send(decode_0, PROMPT, sampling, (prefill_0,), cache_salt=str(sampling.seed))

@@ -1,0 +1,83 @@
+"""A worker's service at its ends: dead engines, drains, frontends that vanish."""
+
+from __future__ import annotations
+
+import pytest
+
+from dynamo_lite.config import NatsAddress
+from dynamo_lite.errors import WorkerError
+from dynamo_lite.plane.bus import Bus
+from dynamo_lite.plane.wire import Sampling
+from tests.integration.workers.conftest import PROMPT, Fleet, StartWorker
+from workers import service as service_module
+
+LONG = Sampling(max_tokens=3000, temperature=0.0)
+
+
+async def test_a_dead_engine_ends_every_stream_with_an_error_and_leaves_discovery(
+    fleet: Fleet, start: StartWorker
+) -> None:
+    record = await start("both-0")
+    streams = [await fleet.send(record, PROMPT, LONG) for _ in range(3)]
+    for stream in streams:
+        await stream.first()
+    fleet.local["both-0"].engine.fail("the engine fell over")
+    for stream in streams:
+        error = (await stream.ended())[-1].error
+        assert error is not None
+        assert (error.kind, error.message) == ("engine_error", "the engine fell over")
+    with pytest.raises(WorkerError, match="the engine fell over"):
+        await fleet.local["both-0"].task
+    while fleet.membership.instances:
+        await fleet.membership.changed()
+
+
+async def test_what_outlasts_the_drain_is_aborted_with_an_error(
+    fleet: Fleet, start: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "DRAIN_DEADLINE_S", 0.1)
+    record = await start("both-0", decode_step_ms=50)
+    stream = await fleet.send(record, PROMPT, LONG)
+    await stream.first()
+    fleet.local["both-0"].stop.set()
+    error = (await stream.ended())[-1].error
+    assert error is not None
+    assert (error.kind, error.status) == ("worker_lost", 503)
+    await fleet.local["both-0"].task
+    assert fleet.local["both-0"].phases == ["ready", "draining"]
+    assert fleet.local["both-0"].engine.load().kv_used_blocks == 0
+
+
+async def test_the_requests_of_a_frontend_that_is_gone_end_and_those_of_others_go_on(
+    fleet: Fleet, start: StartWorker, nats: NatsAddress
+) -> None:
+    record = await start("both-0")
+    async with Bus.connect(nats, "another frontend") as bus:
+        other = Fleet(bus, fleet.membership, fleet.subjects)
+        await other.follow()
+        orphan = await other.send(record, PROMPT, LONG)
+        mine = await fleet.send(record, PROMPT[::-1], Sampling(max_tokens=600, temperature=0.0))
+        await orphan.first()
+        await mine.first()
+    await fleet.until(lambda: fleet.load(record).running == 1)
+    await mine.ended()
+    assert len(mine.text()) == 600
+    await fleet.free(record)
+
+
+async def test_outcomes_are_counted(fleet: Fleet, start: StartWorker) -> None:
+    record = await start("both-0")
+    await (await fleet.send(record, PROMPT)).ended()
+    await (await fleet.send(record, PROMPT, LONG, timeout_ms=50)).ended()
+    await (await fleet.send(record, [])).ended()
+    cancelled = await fleet.send(record, PROMPT, LONG)
+    await cancelled.first()
+    await fleet.cancel(cancelled)
+    await cancelled.ended()
+    await fleet.free(record)
+
+    counters = await fleet.metrics(record)
+    requests = 'dynamo_lite_worker_requests_total{outcome="%s",role="both"}'
+    assert [counters[requests % outcome] for outcome in ("ok", "timeout", "error", "cancelled")] == [1, 1, 1, 1]
+    assert counters['dynamo_lite_worker_failures_total{cause="timeout"}'] == 1
+    assert counters["vllm:kv_cache_usage_perc"] == 0
