@@ -16,6 +16,7 @@ from operator import itemgetter
 
 from kvbm.events import BlocksCleared, BlocksRemoved, BlocksStored, KvEventBatch, KvSnapshot, Tier
 
+REMEMBERED = 4096  # sets of lanes and their names: only a shortcut, so a bound can be small
 SWEEP = 2048  # entries of gone lanes looked at with each batch
 
 
@@ -36,7 +37,9 @@ class PrefixIndex:
     def __init__(self) -> None:
         self._lanes_of: dict[int, int] = {}
         self._workers: dict[str, _Worker] = {}
-        self._name: dict[int, str] = {}  # device lane → worker
+        self._name: dict[int, str] = {}  # lane → worker
+        self._names_of: dict[int, tuple[str, ...]] = {}  # remembered answers of `_names`
+        self._sets: dict[int, int] = {}  # sets of several lanes, so that equal ones are one object
         self._device = 0  # device lanes of all workers
         self._other: dict[int, int] = {}  # lane of another tier → the same worker's device lane
         self._free: list[int] = []  # lanes that no entry mentions
@@ -104,27 +107,26 @@ class PrefixIndex:
 
     def match(self, hashes: Sequence[int], tier: Tier | None = None) -> dict[str, int]:
         """Leading blocks each worker holds, in `tier` or in any; without workers that lack the first."""
-        alive, name = self._device, self._name
-        if tier is not None and tier is not Tier.DEVICE:
-            name = {w.lanes[tier]: n for n, w in self._workers.items() if tier in w.lanes}
-            alive = sum(name)
-        elif tier is None and self._other:
+        if tier is None and self._other:
             return self._match_any(hashes)
+        alive = self._device
+        if tier is not None and tier is not Tier.DEVICE:
+            alive = sum(worker.lanes.get(tier, 0) for worker in self._workers.values())
         depths: dict[str, int] = {}
-        lanes = before = -1
-        depth = 0
-        for depth, lanes in enumerate(self._lookup(hashes)):
-            if lanes == before:
+        found = self._lookup(hashes)
+        before = None
+        for depth, lanes in enumerate(found):
+            if lanes is before:  # equal sets are mostly one object
                 continue
             before = lanes
-            if alive & ~lanes:
+            if dropped := alive & ~lanes:
                 if depth:
-                    self._note(alive & ~lanes, depth, name, depths)
+                    depths.update(dict.fromkeys(self._names(dropped), depth))
                 alive &= lanes
                 if not alive:
                     return depths
-        if lanes != -1:
-            self._note(alive, depth + 1, name, depths)
+        if found:
+            depths.update(dict.fromkeys(self._names(alive), len(found)))
         return depths
 
     def sweep(self, limit: int | None = None) -> None:
@@ -164,6 +166,7 @@ class PrefixIndex:
         lane = worker.lanes[Tier.DEVICE] = self._new_lane()
         self._name[lane] = name
         self._device |= lane
+        self._names_of.clear()
 
     def _renew(self, name: str, worker: _Worker) -> None:
         """Empty the worker by giving it new lanes."""
@@ -173,9 +176,10 @@ class PrefixIndex:
     def _retire(self, worker: _Worker) -> None:
         device = worker.lanes[Tier.DEVICE]
         self._device &= ~device
-        del self._name[device]
         for lane in worker.lanes.values():
+            del self._name[lane]
             self._other.pop(lane, None)
+        self._names_of.clear()
         self._gone |= worker.mask
         worker.lanes.clear()
 
@@ -183,7 +187,8 @@ class PrefixIndex:
         lane = worker.lanes.get(tier)
         if lane is None:
             lane = worker.lanes[tier] = self._new_lane()
-            self._other[lane] = worker.lanes[Tier.DEVICE]
+            device = worker.lanes[Tier.DEVICE]
+            self._other[lane], self._name[lane] = device, self._name[device]
         return lane
 
     def _new_lane(self) -> int:
@@ -193,12 +198,17 @@ class PrefixIndex:
         return 1 << (self._used - 1)
 
     def _store(self, hashes: Sequence[int], lane: int) -> None:
-        entries = self._lanes_of
+        entries, sets = self._lanes_of, self._sets
         get = entries.get
         for block in hashes:
             lanes = get(block)
-            # An unshared entry refers to the lane's own integer, so it costs no object.
-            entries[block] = lane if lanes is None else lanes | lane
+            if lanes is None:
+                entries[block] = lane
+            elif not lanes & lane:
+                lanes |= lane
+                entries[block] = sets.setdefault(lanes, lanes)
+        if len(sets) > REMEMBERED:
+            sets.clear()
 
     def _drop(self, hashes: Sequence[int], lanes: int) -> None:
         entries = self._lanes_of
@@ -233,15 +243,21 @@ class PrefixIndex:
             for other, device in self._other.items():
                 if found & other:
                     lanes |= device
-            self._note(alive & ~lanes if depth else 0, depth, self._name, depths)
+            if depth:
+                depths.update(dict.fromkeys(self._names(alive & ~lanes), depth))
             alive &= lanes
-        self._note(alive if hashes else 0, len(hashes), self._name, depths)
+        if hashes:
+            depths.update(dict.fromkeys(self._names(alive), len(hashes)))
         return depths
 
-    @staticmethod
-    def _note(lanes: int, depth: int, name: dict[int, str], depths: dict[str, int]) -> None:
-        for lane in _bits(lanes):
-            depths[name[lane]] = depth
+    def _names(self, lanes: int) -> tuple[str, ...]:
+        """The workers of some lanes."""
+        names = self._names_of.get(lanes)
+        if names is None:
+            if len(self._names_of) > REMEMBERED:
+                self._names_of.clear()
+            names = self._names_of[lanes] = tuple(self._name[lane] for lane in _bits(lanes))
+        return names
 
 
 def _bits(mask: int) -> list[int]:
