@@ -15,6 +15,8 @@ NVIDIA_SMI_DEADLINE_S = 20.0  # the first call on a host without persistence mod
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
+    """One GPU that we may use."""
+
     address: str  # what CUDA_VISIBLE_DEVICES calls it
     name: str
     memory: int | None  # bytes; None when nvidia-smi is not there to tell

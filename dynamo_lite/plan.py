@@ -51,6 +51,8 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class PlannedProcess:
+    """One process that will be started, with what it gets."""
+
     name: str
     role: Role
     device: Device
@@ -71,6 +73,8 @@ class TransferPath:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
+    """A deployment, resolved for this machine."""
+
     config: Config
     machine: Machine
     cache: Path  # our part of the user's cache

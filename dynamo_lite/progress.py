@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NoReturn, TextIO
 
 from rich.console import Console
@@ -21,14 +21,18 @@ FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 @dataclass(slots=True)
 class Part:
+    """How far one part has come."""
+
     phase: Phase = "starting"
     detail: str = ""
-    since: float = field(default_factory=time.monotonic)
+    since: float | None = None  # None until it is started
     took: float | None = None  # seconds to ready or to failure
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self.since if self.took is None else self.took
+        if self.took is not None:
+            return self.took
+        return time.monotonic() - self.since if self.since is not None else 0.0
 
 
 class Progress:
@@ -77,8 +81,8 @@ class Progress:
     def phase(self, name: str, phase: Phase, detail: str = "") -> None:
         """A part has come to `phase`."""
         part = self.parts.get(name)
-        if part is None or phase == "starting":
-            part = self.parts[name] = Part()
+        if part is None or part.since is None or (phase == "starting" and part.took is not None):
+            part = self.parts[name] = Part(since=time.monotonic())
         if phase in ("ready", "failed") and part.took is None:
             part.took = part.seconds
         part.phase, part.detail = phase, detail
@@ -103,5 +107,9 @@ class Progress:
         frame = FRAMES[int(time.monotonic() / REFRESH_S) % len(FRAMES)]
         for name, part in self.parts.items():
             mark, colour = MARKS.get(part.phase, (frame, "cyan"))
-            table.add_row(Text(mark, colour), name, part.phase, f"{part.seconds:.1f} s", Text(part.detail, "dim"))
+            if part.since is None:
+                table.add_row(" ", name, Text("waiting", "dim"))
+            else:
+                detail = Text(part.detail, "dim", no_wrap=True, overflow="ellipsis")
+                table.add_row(Text(mark, colour), name, part.phase, f"{part.seconds:.1f} s", detail)
         return table

@@ -15,10 +15,12 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
 
+from dynamo_lite.config import EtcdAddress, NatsAddress
 from tests.integration.serving.deployment import Deployment, serve, until
 from tests.models import make_tiny_model
 
@@ -155,6 +157,52 @@ def test_an_existing_server_that_is_not_there_fails_the_start(base: dict[str, An
     failed = start(tmp_path, base | {"nats": {"url": "nats://127.0.0.1:1"}})
     assert failed.returncode == 1
     assert "Error: nats-server: nobody answers at nats://127.0.0.1:1" in failed.stderr
+
+
+def test_ctrl_c_during_the_start_ends_it_cleanly(base: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "test.yaml"
+    file.write_text(yaml.safe_dump(base | {"state_dir": str(tmp_path / "state"), "frontend": {"port": 0}}))
+    argv = [sys.executable, "-m", "dynamo_lite.cli", "serve", str(file)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        for line in process.stderr:
+            if "decode-0: starting" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+        assert process.stdout.read() == ""
+    assert process.returncode == 0
+    assert "Traceback" not in rest
+
+
+def test_existing_servers_are_used_and_left_running(
+    base: dict[str, Any], nats: NatsAddress, etcd: EtcdAddress, tmp_path: Path
+) -> None:
+    given = {"nats": nats.model_dump(), "etcd": {"endpoints": list(etcd.endpoints)}}
+    with serve(tmp_path, base | given) as deployment:
+        assert answers(deployment) == "length"
+        assert deployment.run["servers"] == {}
+        assert deployment.run["nats"]["url"] == nats.url
+    assert not (tmp_path / "state" / "nats").exists()
+    for url in (nats.url, *etcd.endpoints):
+        socket.create_connection((urlsplit(url).hostname or "", urlsplit(url).port or 0)).close()
+
+
+def test_a_metadata_server_is_where_workers_and_frontends_meet(base: dict[str, Any], tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "dynamo_lite.cli", "metadata-server", "--port", "0"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stdout is not None
+        try:
+            address = server.stdout.readline().partition("metadata_server: ")[2].strip()
+            assert address.startswith("tcp://127.0.0.1:")
+            with serve(tmp_path, base | {"kv_transfer": {"metadata_server": address}}) as deployment:
+                assert answers(deployment) == "length"
+                assert list(deployment.run["servers"]) == ["nats-server"]
+        finally:
+            server.terminate()
+    assert server.returncode == 0
 
 
 def test_what_this_host_lacks_is_refused_by_serve(tmp_path: Path) -> None:

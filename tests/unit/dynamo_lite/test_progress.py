@@ -45,3 +45,13 @@ def test_the_time_of_a_part_stops_when_it_is_ready_and_starts_anew_with_it() -> 
     assert progress.parts["decode-0"].seconds == took
     progress.phase("decode-0", "starting")
     assert progress.parts["decode-0"].took is None
+
+
+def test_a_part_that_names_its_own_start_does_not_start_its_time_anew() -> None:
+    progress = Progress(io.StringIO())
+    progress.expect("frontend-0")
+    assert progress.parts["frontend-0"].since is None
+    progress.phase("frontend-0", "starting")
+    began = progress.parts["frontend-0"].since
+    progress.phase("frontend-0", "starting")
+    assert progress.parts["frontend-0"].since == began
