@@ -1,0 +1,41 @@
+"""Deployments of a tiny real model on real vLLM, NIXL, NATS and etcd, shared by the tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from tests.integration.serving.deployment import Deployment, serve
+from tests.models import MAX_LENGTH, make_tiny_model
+
+GROUP: dict[str, Any] = {"count": 1, "gpu_type": "cpu", "kv_cache": "96MiB", "threads": 1}
+MODEL = "tiny"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Everything but the workers. fp32, in which the order of additions does not change a token."""
+    folder = make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+    return {"model": str(folder), "served_model_name": MODEL, "dtype": "float32", "max_model_len": MAX_LENGTH}
+
+
+@pytest.fixture(scope="session")
+def apart(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """One prefill and one decode worker."""
+    workers = {"prefill": GROUP, "decode": GROUP}
+    with serve(tmp_path_factory.mktemp("apart"), base | {"workers": workers}) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="session")
+def together(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """One worker that does both."""
+    with serve(tmp_path_factory.mktemp("together"), base | {"workers": {"both": GROUP}}) as deployment:
+        yield deployment
+
+
+def client(deployment: Deployment) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{deployment.url}/v1", api_key="none", max_retries=0, timeout=120)
