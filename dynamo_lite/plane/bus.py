@@ -20,7 +20,7 @@ from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
 from dynamo_lite.config import NatsAddress
-from dynamo_lite.errors import DeadlineExceeded, DynamoError, NoResponders, PlaneError
+from dynamo_lite.errors import DeadlineExceeded, DynamoError, NoResponders, PlaneError, ProtocolMismatch
 from dynamo_lite.plane.wire import Empty, WireError, decode, encode
 from dynamo_lite.tasks import background
 
@@ -244,7 +244,10 @@ class Bus:
             if message.no_responders:
                 answer.set_exception(NoResponders(subject))
             elif message.header(_ERROR) is not None:
-                answer.set_exception(decode(message.data, WireError).exception())
+                try:
+                    answer.set_exception(decode(message.data, WireError).exception())
+                except ProtocolMismatch as error:
+                    answer.set_exception(error)
             elif part is None:
                 answer.set_result(message.data)
             else:

@@ -12,7 +12,7 @@ import pytest
 
 from dynamo_lite.config import NatsAddress
 from dynamo_lite.embedded import EmbeddedServer
-from dynamo_lite.errors import DeadlineExceeded, NoResponders, PlaneError
+from dynamo_lite.errors import DeadlineExceeded, NoResponders, PlaneError, ProtocolMismatch
 from dynamo_lite.plane.bus import Bus, Message
 from dynamo_lite.plane.wire import Incarnation, Pong, encode
 
@@ -183,6 +183,66 @@ async def test_a_connection_that_the_client_library_gave_up_is_opened_anew(nats:
         await bus.publish("subject", b"")
         async with asyncio.timeout(DEADLINE_S):
             await arrived.wait()
+
+
+async def test_a_given_up_connection_is_tried_until_the_server_is_back(
+    nats_server: EmbeddedServer[NatsAddress], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dynamo_lite.plane.bus.CONNECT_DEADLINE_S", 0.3)
+    async with Bus.connect(nats_server.address, "bus") as bus:
+        bus._client._transport.write(b"NONSENSE\r\n")
+        nats_server.kill()
+        await eventually(lambda: not bus.connected)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):  # longer than one attempt
+                await until_reconnected(bus)
+        monkeypatch.undo()
+        await nats_server.restart()
+        await until_reconnected(bus)
+
+
+async def test_a_server_that_is_not_there_is_reported(
+    nats_server: EmbeddedServer[NatsAddress], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dynamo_lite.plane.bus.CONNECT_DEADLINE_S", 0.3)
+    await nats_server.stop()
+    with pytest.raises(PlaneError, match="does not answer"):
+        async with Bus.connect(nats_server.address, "bus"):
+            pass
+
+
+async def test_a_reply_with_a_missing_part_is_an_error_not_a_short_reply(nats: NatsAddress) -> None:
+    async with Bus.connect(nats, "caller") as bus, Bus.connect(nats, "peer") as peer, asyncio.TaskGroup() as group:
+
+        def answer_badly(message: Message) -> None:
+            for part in ("0/3", "2/3"):
+                group.create_task(peer._publish_marked(message.reply, b"x", {"Dl-Part": part}))
+
+        await peer.subscribe("snapshot", answer_badly)
+        with pytest.raises(PlaneError, match="part 1 of the answer of snapshot was lost"):
+            await bus.request("snapshot", b"", DEADLINE_S)
+
+
+async def test_an_error_in_another_protocol_version_is_named(nats: NatsAddress) -> None:
+    async with Bus.connect(nats, "caller") as bus, Bus.connect(nats, "peer") as peer, asyncio.TaskGroup() as group:
+
+        def answer(message: Message) -> None:
+            group.create_task(peer._publish_marked(message.reply, b"\x63", {"Dl-Error": "1"}))
+
+        await peer.subscribe("work", answer)
+        with pytest.raises(ProtocolMismatch, match="protocol 99"):
+            await bus.request("work", b"", DEADLINE_S)
+
+
+async def test_a_request_that_arrives_while_the_peer_ends_is_not_answered(nats: NatsAddress) -> None:
+    async with Bus.connect(nats, "caller") as bus, Bus.connect(nats, "peer") as peer:
+        async with asyncio.TaskGroup() as group:
+            await peer.serve("ping", pong, group)
+        with pytest.raises(DeadlineExceeded):
+            await bus.request("ping", b"", 0.1)
+        await bus.publish("ping", b"no reply subject")
+        with pytest.raises(DeadlineExceeded):
+            await bus.request("ping", b"", 0.1)
 
 
 async def failure(coroutine: Coroutine[Any, Any, object]) -> BaseException | None:
