@@ -64,6 +64,9 @@ class SimEngine:
         config = self._spec.config
         self._shape = SimModel.read(self._spec.model_path)
         self._metrics = SimMetrics(self._registry)
+        self._metrics.kv_usage.set_function(lambda: self._pool.pinned / self._pool.size)
+        self._metrics.running.set_function(lambda: self._scheduler.running)
+        self._metrics.waiting.set_function(lambda: self._scheduler.waiting)
         capacity = self._pool.size * self._block_size
         if config.max_model_len is not None and config.max_model_len > capacity:
             raise StartError(
@@ -285,6 +288,3 @@ class SimEngine:
         if events:
             self._events.put_nowait(events)
         self._metrics.preemptions.inc(step.preempted)
-        self._metrics.kv_usage.set(self._pool.pinned / self._pool.size)
-        self._metrics.running.set(self._scheduler.running)
-        self._metrics.waiting.set(self._scheduler.waiting)
