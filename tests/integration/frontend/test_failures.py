@@ -17,17 +17,39 @@ import openai
 import pytest
 
 from tests.integration.frontend.conftest import MODEL, settings
-from tests.integration.serving.deployment import Deployment, serve, until
+from tests.integration.serving.deployment import Deployment, scrape, serve, until
 
 BODY: dict[str, Any] = {"model": MODEL, "prompt": "hi", "max_tokens": 1000, "stream": True}
 
 
-@pytest.fixture
-def pair(model_path: Path, tmp_path: Path) -> Iterator[Deployment]:
-    """Two decode workers of its own for a test that kills them."""
-    workers = {"decode": {"count": 2}}
-    with serve(tmp_path, settings(model_path, workers=workers)) as running:
+@pytest.fixture(scope="module")
+def mortals(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """Two decode workers that tests may kill; the supervisor brings them back."""
+    with serve(tmp_path_factory.mktemp("mortals"), settings(model_path, workers={"decode": {"count": 2}})) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def solo(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """One worker, and little patience."""
+    alone = settings(model_path, workers={"both": {"count": 1}}, frontend={"request_timeout_s": 2.0})
+    with serve(tmp_path_factory.mktemp("solo"), alone) as running:
+        yield running
+
+
+@pytest.fixture
+def pair(mortals: Deployment) -> Deployment:
+    """Both of them alive, and known to the frontend."""
+
+    def known() -> bool:
+        pids = {mortals.pid("decode-0"), mortals.pid("decode-1")}
+        if not all(Path(f"/proc/{pid}").exists() for pid in pids):
+            return False
+        workers = scrape(f"{mortals.url}/metrics")['dynamo_lite_router_workers{role="decode"}']
+        return workers == 2 and {record.pid for record in mortals.instances().values()} == pids
+
+    until(known, "two workers")
+    return mortals
 
 
 @pytest.fixture
@@ -100,21 +122,29 @@ def test_a_stream_of_a_worker_that_freezes_ends_with_an_error_event(pair: Deploy
     assert "worker_lost" in events[-1]
 
 
-def test_a_stream_survives_sigterm_and_nobody_new_is_let_in(model_path: Path, tmp_path: Path) -> None:
-    with serve(tmp_path, settings(model_path, workers={"both": {"count": 1}})) as running:
-        with httpx.stream("POST", f"{running.url}/v1/completions", json=BODY | {"max_tokens": 300}) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            os.kill(running.pid("frontend-0"), signal.SIGTERM)
-            rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]"
-        until(lambda: running.restarted("frontend-0", 2), "the frontend's restart")
+def test_a_request_that_takes_too_long_ends(solo: Deployment) -> None:
+    with httpx.Client(base_url=solo.url, timeout=60) as http:
+        whole = http.post("/v1/completions", json=BODY | {"max_tokens": 4000, "stream": False})
+        assert whole.status_code == 504
+        assert whole.json()["error"]["type"] == "timeout"
+        with http.stream("POST", "/v1/completions", json=BODY | {"max_tokens": 4000}) as answer:
+            events = [line for line in answer.iter_lines() if line]
+        assert '"timeout"' in events[-1]
 
 
-def test_without_workers_a_request_is_told_to_come_back(model_path: Path, tmp_path: Path) -> None:
-    alone = settings(model_path, workers={"both": {"count": 1}})
-    with serve(tmp_path, alone) as running, httpx.Client(base_url=running.url, timeout=60) as http:
-        running.kill("both-0")
+def test_a_stream_survives_sigterm_and_the_frontend_comes_back(solo: Deployment) -> None:
+    with httpx.stream("POST", f"{solo.url}/v1/completions", json=BODY | {"max_tokens": 300}) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        os.kill(solo.pid("frontend-0"), signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    until(lambda: solo.restarted("frontend-0", 2), "the frontend's restart")
+
+
+def test_without_workers_a_request_is_told_to_come_back(solo: Deployment) -> None:
+    with httpx.Client(base_url=solo.url, timeout=60) as http:
+        solo.kill("both-0")
         answer = http.post("/v1/completions", json=BODY)
         assert answer.status_code == 503
         assert int(answer.headers["retry-after"]) > 0
@@ -122,17 +152,6 @@ def test_without_workers_a_request_is_told_to_come_back(model_path: Path, tmp_pa
         assert http.get("/health/ready").status_code == 503
         assert http.get("/health/live").status_code == 200
         until(lambda: http.get("/health/ready").status_code == 200, "readiness again")
-
-
-def test_a_request_that_takes_too_long_ends(model_path: Path, tmp_path: Path) -> None:
-    slow = settings(model_path, workers={"both": {"count": 1}}, frontend={"request_timeout_s": 1.0})
-    with serve(tmp_path, slow) as running, httpx.Client(base_url=running.url, timeout=60) as http:
-        whole = http.post("/v1/completions", json=BODY | {"stream": False})
-        assert whole.status_code == 504
-        assert whole.json()["error"]["type"] == "timeout"
-        with http.stream("POST", "/v1/completions", json=BODY) as answer:
-            events = [line for line in answer.iter_lines() if line]
-        assert '"timeout"' in events[-1]
 
 
 def test_many_streams_at_once_are_all_complete(deployment: Deployment) -> None:
