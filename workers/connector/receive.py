@@ -75,6 +75,7 @@ class Receiver:
         for receive in [one for one in self._open.values() if one.plan.engine_id == engine_id]:
             self._end(receive, "cancelled")
             self.received.add(engine_id)
+        self._open_waiting()
 
     def reopen(self, request_id: str, transfer_id: int) -> None:
         receive = self._current(request_id, transfer_id)
@@ -90,6 +91,7 @@ class Receiver:
             # All of them: vLLM recomputes from the first invalid block on.
             self.invalid_blocks.update(receive.plan.block_ids)
             self.received.add(receive.plan.engine_id)
+            self._open_waiting()
 
     def settle(self, transfer_id: int, peer: str, closed: bool) -> None:
         quarantine = self._quarantine.get(transfer_id)

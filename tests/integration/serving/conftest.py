@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import openai
 import pytest
 
 from tests.integration.serving.deployment import Deployment, serve
+from tests.integration.serving.requests import MODEL
 from tests.models import MAX_LENGTH, make_tiny_model
 
 GROUP: dict[str, Any] = {"count": 1, "gpu_type": "cpu", "kv_cache": "96MiB", "threads": 1}
-MODEL = "tiny"
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +34,3 @@ def together(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     """One worker that does both."""
     with serve(tmp_path_factory.mktemp("together"), base | {"workers": {"both": GROUP}}) as deployment:
         yield deployment
-
-
-def client(deployment: Deployment) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{deployment.url}/v1", api_key="none", max_retries=0, timeout=120)

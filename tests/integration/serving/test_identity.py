@@ -8,39 +8,13 @@ from typing import Any
 
 import pytest
 
-from tests.integration.serving.conftest import MODEL, client
 from tests.integration.serving.deployment import Deployment, total
-from tests.models import VOCAB
+from tests.integration.serving.requests import BLOCK, prompt, tokens
 
 pytestmark = pytest.mark.vllm
 
-BLOCK = 32
 LENGTHS = [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 5 * BLOCK, 300, 500]
 LENGTHS += [1000, 1024, 1025, 1500, 2047, 2048, 2049, 3000, 3900]
-NEW_TOKENS = 24
-
-
-def prompt(length: int, seed: int) -> list[int]:
-    numbers = random.Random(f"{length} {seed}")
-    return [numbers.randrange(3, VOCAB) for _ in range(length)]
-
-
-def tokens(deployment: Deployment, token_ids: list[int], **sampling: Any) -> list[str]:
-    """The generated tokens themselves: text alone could hide a difference."""
-    with client(deployment) as api:
-        answer = api.completions.create(
-            model=MODEL,
-            prompt=token_ids,
-            max_tokens=NEW_TOKENS,
-            logprobs=0,
-            extra_body={"ignore_eos": True},
-            **sampling,
-        )
-    logprobs = answer.choices[0].logprobs
-    assert logprobs is not None
-    assert logprobs.tokens is not None
-    assert len(logprobs.tokens) == NEW_TOKENS
-    return list(logprobs.tokens)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -88,6 +88,25 @@ def test_a_request_given_up_is_handed_back_with_its_blocks_marked_invalid() -> N
         assert receiver.held("quarantine") == 0
 
 
+def test_a_request_given_up_makes_room_for_the_next_that_waits_for_staging() -> None:
+    with pair(staging_blocks=2) as (sender, receiver):
+        plan_receive(receiver, [5], "first", 256)
+        plan_receive(receiver, [6], "second", 512)
+        opened = receiver.reports.take(ReceiveOpened)
+        receiver.mover.command(Settle(opened.transfer_id, "p", closed=True))
+        receiver.mover.command(GiveUp("first", opened.transfer_id))
+        again = receiver.reports.take(ReceiveOpened)
+        assert again.request_id == "second"
+        receiver.mover.command(Settle(again.transfer_id, "p", closed=True))
+        plan_receive(receiver, [7], "third", 768)
+        receiver.mover.plan(StepPlan(cancelled_receives=["second-engine"]))
+        last = receiver.reports.take(ReceiveOpened)
+        push(sender, target_of(last), [1], request_id="third")
+        while receiver.reports.take(ReceiveEnded).cause:
+            pass
+        assert same(sender, [1], receiver, [7])
+
+
 def test_staging_of_a_silent_sender_stays_in_quarantine_until_its_process_is_gone() -> None:
     with pair(staging_blocks=2) as (sender, receiver):
         plan_receive(receiver, [5])

@@ -1,0 +1,109 @@
+"""Processes killed under load: what a client sees, and that nothing stays held. Each test starts and wrecks its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.integration.serving.conftest import GROUP
+from tests.integration.serving.deployment import Deployment, serve, total, until
+from tests.integration.serving.requests import MODEL, client, prompt, tokens
+
+pytestmark = pytest.mark.vllm
+
+RESTART_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def fragile(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """Not shared with other modules: its processes are killed."""
+    workers = {"prefill": GROUP, "decode": GROUP}
+    with serve(tmp_path_factory.mktemp("fragile"), base | {"workers": workers}) as deployment:
+        yield deployment
+
+
+def held(deployment: Deployment, name: str) -> float:
+    return total(deployment.metrics(name), "dynamo_lite_worker_held_blocks")
+
+
+def running(deployment: Deployment, name: str) -> float:
+    return total(deployment.metrics(name), "vllm:num_requests_running")
+
+
+def at_rest(deployment: Deployment, name: str) -> bool:
+    samples = deployment.metrics(name)
+    busy = total(samples, "vllm:num_requests_running") + total(samples, "vllm:num_requests_waiting")
+    return not busy and not total(samples, "dynamo_lite_worker_held_blocks")
+
+
+def test_a_client_that_leaves_frees_what_its_request_held_on_both_workers(fragile: Deployment) -> None:
+    body = {"model": MODEL, "prompt": prompt(3000, 30), "max_tokens": 1000, "stream": True}
+    body |= {"ignore_eos": True}
+    with httpx.stream("POST", f"{fragile.url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: ")
+        until(lambda: running(fragile, "decode-0") == 1, "the sequence runs")
+    until(lambda: at_rest(fragile, "decode-0"), "the decode worker freed it", 10)
+    until(lambda: at_rest(fragile, "prefill-0"), "the prefill worker freed it", 10)
+
+
+def test_a_client_that_leaves_during_the_prefill_frees_it_too(fragile: Deployment) -> None:
+    bodies = [{"model": MODEL, "prompt": prompt(3900, 40 + number), "max_tokens": 4} for number in range(8)]
+    with httpx.Client(timeout=60) as api, ThreadPoolExecutor(8) as pool:
+
+        def post(body: dict[str, Any]) -> str:
+            try:
+                return str(api.post(f"{fragile.url}/v1/completions", json=body, timeout=0.5).status_code)
+            except httpx.ReadTimeout:
+                return "left"
+
+        assert "left" in set(pool.map(post, bodies)), "eight long prompts take longer than half a second"
+    until(lambda: at_rest(fragile, "decode-0"), "the decode worker freed them", 20)
+    until(lambda: at_rest(fragile, "prefill-0"), "the prefill worker freed them", 20)
+
+
+def test_killing_the_prefill_worker_during_prefills_costs_no_request(fragile: Deployment, together: Deployment) -> None:
+    prompts = [prompt(3500, 50 + number) for number in range(12)]
+    starts = fragile.process_of("prefill-0")["starts"]
+    with ThreadPoolExecutor(12) as pool:
+        answers = [pool.submit(tokens, fragile, one, temperature=0) for one in prompts]
+        until(lambda: running(fragile, "prefill-0") > 0, "prefills run")
+        fragile.kill("prefill-0")
+        got = [answer.result() for answer in answers]
+    failed = total(fragile.metrics("decode-0"), "dynamo_lite_worker_remote_prefills_total", 'outcome="gone"')
+    assert failed > 0, "the kill hit prefills under way"
+    assert got == [tokens(together, one, temperature=0) for one in prompts]
+    until(lambda: at_rest(fragile, "decode-0"), "nothing stays held")
+    until(lambda: fragile.restarted("prefill-0", starts + 1), "the prefill worker is back", RESTART_S)
+
+
+def test_killing_the_decode_worker_ends_its_streams_with_an_error_and_the_next_request_works(
+    fragile: Deployment,
+) -> None:
+    starts = fragile.process_of("decode-0")["starts"]
+    body = {"model": MODEL, "prompt": prompt(500, 70), "max_tokens": 3000, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{fragile.url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        assert answer.status_code == 200
+        assert next(lines).startswith("data: ")
+        fragile.kill("decode-0")
+        events = [line.removeprefix("data: ") for line in lines if line]
+    error = json.loads(events[-1])["error"]
+    assert error["type"] == "worker_lost"
+    assert "decode-0" in error["message"]
+    refused = httpx.post(f"{fragile.url}/v1/completions", json=body | {"stream": False, "max_tokens": 2}, timeout=60)
+    assert refused.status_code == 503
+    assert "retry-after" in refused.headers
+    until(lambda: fragile.restarted("decode-0", starts + 1), "the decode worker is back", RESTART_S)
+    until(lambda: httpx.get(f"{fragile.url}/health/ready").status_code == 200, "the frontend knows it")
+    with client(fragile) as api:
+        again = api.completions.create(model=MODEL, prompt=prompt(500, 70), max_tokens=4)
+    assert again.usage is not None
+    assert again.usage.completion_tokens == 4
+    until(lambda: at_rest(fragile, "prefill-0"), "nothing stays held for the dead worker")
+    until(lambda: at_rest(fragile, "decode-0"), "nothing stays held")
