@@ -114,6 +114,8 @@ async def test_requests_survive_a_restart_of_nats(
     await before.ended()
     nats_server.kill()
     await nats_server.restart()
+    seen = fleet.load(record).seq
+    await fleet.until(lambda: fleet.load(record).seq > seen)  # both are back
     again = await fleet.send(record, PROMPT, GREEDY)
     await again.ended()
     assert again.text() == before.text()
