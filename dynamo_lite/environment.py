@@ -18,7 +18,10 @@ VLLM_ANYWHERE = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",  # the model is in a folder by now
     "TOKENIZERS_PARALLELISM": "false",
+    "NIXL_LOG_LEVEL": "WARN",
 }
+# vLLM seeds its block hashes from it: workers would hash otherwise than the router, and no prefix would ever be found.
+NOT_INHERITED = ("PYTHONHASHSEED",)
 
 
 def environment(plan: Plan, process: PlannedProcess, inherited: Mapping[str, str]) -> dict[str, str]:
@@ -31,4 +34,5 @@ def environment(plan: Plan, process: PlannedProcess, inherited: Mapping[str, str
         ours |= VLLM_ON_CPU
     else:
         ours["CUDA_VISIBLE_DEVICES"] = ",".join(plan.machine.gpus[index].address for index in process.gpus)
-    return {**ucx_environment(plan.config), **inherited, **ours, **group.env}
+    kept = {name: value for name, value in inherited.items() if name not in NOT_INHERITED}
+    return {**ucx_environment(plan.config), **kept, **ours, **group.env}

@@ -44,7 +44,7 @@ class RemotePrefill(Protocol):
 
         Returns the tokens that worker had cached, once it says everything was pushed. Raises PrefillFailed when
         this attempt failed (the engine may open a new target and ask again while `more` is true). Unless the cause
-        is "silent", the candidate will write nothing more to the target, also when it failed or was stopped.
+        is "silent", "gone" or "protocol", the candidate itself has said so, and writes nothing more to the target.
         """
         ...
 

@@ -12,8 +12,12 @@ from dataclasses import dataclass, field
 
 from dynamo_lite.errors import PrefillFailed
 from dynamo_lite.plane.wire import Incarnation, PushTarget, RankTarget
-from workers.connector.protocol import Command, GiveUp, ReceiveEnded, ReceiveOpened, Reopen, Settle, Skipped
+from workers.connector.protocol import NO_STAGING, Command, GiveUp, ReceiveEnded, ReceiveOpened, Reopen, Settle, Skipped
 from workers.engine import RemotePrefill, TransferReport
+
+# Failures after which a candidate may still be writing: it has not said otherwise, and one that NATS cannot reach
+# is not therefore dead.
+_UNCERTAIN = ("silent", "gone", "protocol")
 
 
 @dataclass(slots=True)
@@ -27,6 +31,7 @@ class Receive:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     unwanted: bool = False
     driven: bool = False
+    handed_back: bool = False  # it waited too long for staging, and is computed here
     local_blocks: int | None = None  # found on the device by the scheduler; None until a remote prefill was chosen
 
 
@@ -67,6 +72,11 @@ class Receives:
                     receive.remote.skipped(report.reason)
             case ReceiveOpened():
                 self._opened(receive, report)
+            case ReceiveEnded() if report.cause == NO_STAGING:
+                if receive is not None:
+                    receive.remote.skipped(NO_STAGING)
+                    receive.handed_back = True
+                    receive.changed.set()
             case ReceiveEnded():
                 if receive is not None and not report.cause and report.rank in receive.opened:
                     receive.arrived[report.rank] = report
@@ -92,10 +102,10 @@ class Receives:
 
     async def _attempt(self, receive: Receive) -> bool:
         """Ask one candidate; True when the request needs no other."""
-        while len(receive.opened) < self._ranks and not receive.unwanted:
+        while len(receive.opened) < self._ranks and not receive.unwanted and not receive.handed_back:
             await self._change(receive)
         if not receive.opened:
-            return True  # aborted while it waited for staging
+            return True  # aborted, or handed back, while it waited for staging
         transfer_id = next(iter(receive.opened.values())).transfer_id
         if receive.unwanted:
             self._command(Settle(transfer_id, "", closed=True))
@@ -103,7 +113,7 @@ class Receives:
         try:
             await receive.remote.ask(self._target(receive, transfer_id))
         except PrefillFailed as failure:
-            return self._failed(receive, transfer_id, closed=failure.cause != "silent")
+            return self._failed(receive, transfer_id, closed=failure.cause not in _UNCERTAIN)
         # Every piece has been written; what is left is to scatter the last ones.
         try:
             async with asyncio.timeout(self._timeout_s):

@@ -190,6 +190,8 @@ class VllmEngine:
 
     async def close(self) -> None:
         if self._llm is not None:
+            if self._llm.output_handler is not None:
+                self._llm.output_handler.cancel()  # first, or it reports the end of the engine as a failure
             await asyncio.to_thread(self._llm.shutdown)
         await self._stack.aclose()
         if self._feed is not None:

@@ -44,7 +44,7 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "nats": ("dynamo_lite.plane.bus",),
     "etcd3aio": ("dynamo_lite.plane.discovery",),
     "torch": ("workers",),
-    "transformers": ("workers.model_weights", "dynamo_lite.frontend.tokens"),  # lazily, for models that need it
+    "transformers": ("dynamo_lite.frontend.tokens",),  # lazily, for models that need it
     "pickle": (),
     "dill": (),
     "cloudpickle": (),

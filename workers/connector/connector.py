@@ -24,9 +24,9 @@ from vllm.v1.request import Request
 
 from dynamo_lite.processes import die_with_parent
 from workers.connector.channel import ConnectorEnd
-from workers.connector.mover import MoverSettings
 from workers.connector.protocol import Hello, StepPlan
 from workers.connector.scheduler import SchedulerSide
+from workers.connector.settings import MoverSettings
 from workers.connector.worker import WorkerSide
 
 

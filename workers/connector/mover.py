@@ -31,6 +31,7 @@ from workers.connector.protocol import (
 )
 from workers.connector.push import Sender
 from workers.connector.receive import Receiver
+from workers.connector.settings import MoverSettings
 from workers.connector.staging import Staging
 from workers.transfer.engine import TransferEngine
 from workers.transfer.layout import Planes
@@ -39,17 +40,6 @@ from workers.transfer.pack import Copier, Ready
 _POLL_MOVING_S = 0.0002
 _POLL_WAITING_S = 0.001
 _JOIN_TIMEOUT_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class MoverSettings:
-    """From `kv_transfer`, resolved."""
-
-    rank: int
-    staging: int  # bytes, each direction
-    piece: int  # bytes
-    window: int
-    timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +69,8 @@ class Mover:
         self._device = planes.device
         outgoing = Staging(engine, settings.staging, slot_bytes, planes.device)
         incoming = Staging(engine, settings.staging, slot_bytes, planes.device)
-        self._sender = Sender(engine, outgoing, copier, settings.rank, settings.timeout_s, report)
-        self._receiver = Receiver(engine, incoming, copier, settings.rank, settings.window, report)
+        self._sender = Sender(engine, outgoing, copier, settings, report)
+        self._receiver = Receiver(engine, incoming, copier, settings, report)
         self._notes = msgspec.msgpack.Decoder(Note)
         self._todo: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -191,6 +181,7 @@ class Mover:
             for note in self._engine.notifications():
                 self._note(note.peer, note.payload)
         self._sender.progress()
+        self._receiver.expire()
         if self._sender.fresh or self._receiver.received:
             with self._ended_lock:
                 self._sent.update(self._sender.fresh)

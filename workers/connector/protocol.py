@@ -49,6 +49,9 @@ class ReceiveOpened(msgspec.Struct, frozen=True, tag="opened"):
     target: RankTarget
 
 
+NO_STAGING = "no staging"  # cause of a receive that waited too long for it; the decode worker computes the prompt
+
+
 class ReceiveEnded(msgspec.Struct, frozen=True, tag="received"):
     """A receive has ended on one rank. `cause` is empty when every block arrived."""
 

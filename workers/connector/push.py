@@ -15,6 +15,7 @@ from typing import cast
 import msgspec
 
 from workers.connector.protocol import Closed, Piece, PushEnded, PushStep, Report
+from workers.connector.settings import MoverSettings
 from workers.connector.staging import Staging
 from workers.errors import TransferError
 from workers.transfer.engine import Memory, TransferEngine, Write
@@ -60,11 +61,11 @@ class Sender:
     """Used by the mover's thread alone."""
 
     def __init__(
-        self, engine: TransferEngine, staging: Staging, copier: Copier, rank: int, timeout_s: float,
+        self, engine: TransferEngine, staging: Staging, copier: Copier, settings: MoverSettings,
         report: Callable[[Report], None],
     ) -> None:  # fmt: skip
         self._engine, self._staging, self._copier = engine, staging, copier
-        self._rank, self._timeout_s, self._report = rank, timeout_s, report
+        self._rank, self._timeout_s, self._report = settings.rank, settings.timeout_s, report
         self._pushes: dict[int, Push] = {}  # by transfer id
         self._closing: list[tuple[Push, str]] = []  # failed, but a write could not be given up yet
         self._ended: set[str] = set()  # engine ids of pushes that need their blocks no more

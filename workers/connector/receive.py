@@ -14,12 +14,14 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from dynamo_lite.plane.wire import RankTarget
-from workers.connector.protocol import Credit, Piece, ReceiveEnded, ReceiveOpened, ReceivePlan, Report
+from workers.connector.protocol import NO_STAGING, Credit, Piece, ReceiveEnded, ReceiveOpened, ReceivePlan, Report
+from workers.connector.settings import MoverSettings
 from workers.connector.staging import Staging
 from workers.errors import TransferError
 from workers.transfer.engine import TransferEngine
 from workers.transfer.pack import Copier
 
+_STAGING_PATIENCE = 10  # times the transfer's timeout: longer than a quarantine lasts whose owner is really gone
 _notes = msgspec.msgpack.Encoder()
 
 
@@ -48,12 +50,13 @@ class Receiver:
     """Used by the mover's thread alone."""
 
     def __init__(
-        self, engine: TransferEngine, staging: Staging, copier: Copier, rank: int, window: int,
+        self, engine: TransferEngine, staging: Staging, copier: Copier, settings: MoverSettings,
         report: Callable[[Report], None],
     ) -> None:  # fmt: skip
         self._engine, self._staging, self._copier = engine, staging, copier
-        self._rank, self._window, self._report = rank, window, report
-        self._waiting: deque[ReceivePlan] = deque()
+        self._rank, self._window, self._report = settings.rank, settings.window, report
+        self._patience_s = settings.timeout_s * _STAGING_PATIENCE
+        self._waiting: deque[tuple[ReceivePlan, float]] = deque()  # with the time at which it is handed back
         self._open: dict[int, Receive] = {}  # by transfer id
         self._by_request: dict[str, int] = {}
         self._quarantine: dict[int, Quarantine] = {}
@@ -64,13 +67,24 @@ class Receiver:
     # ---- asked by the scheduler and the worker process ----
 
     def plan(self, plan: ReceivePlan) -> None:
-        self._waiting.append(plan)
+        self._waiting.append((plan, time.monotonic() + self._patience_s))
         self._open_waiting()
+
+    def expire(self) -> None:
+        """Hand back what has waited too long for staging: the decode worker computes it."""
+        if not self._waiting:
+            return
+        now = time.monotonic()
+        late = [plan for plan, until in self._waiting if until <= now]
+        self._waiting = deque(item for item in self._waiting if item[1] > now)
+        for plan in late:
+            self._hand_back(plan)
+            self._report(ReceiveEnded(plan.request_id, plan.transfer_id, self._rank, NO_STAGING))
 
     def cancel(self, engine_id: str) -> None:
         """The request was aborted: release its blocks now."""
-        for plan in [plan for plan in self._waiting if plan.engine_id == engine_id]:
-            self._waiting.remove(plan)
+        for item in [item for item in self._waiting if item[0].engine_id == engine_id]:
+            self._waiting.remove(item)
             self.received.add(engine_id)
         for receive in [one for one in self._open.values() if one.plan.engine_id == engine_id]:
             self._end(receive, "cancelled")
@@ -81,17 +95,21 @@ class Receiver:
         receive = self._current(request_id, transfer_id)
         if receive is not None:
             self._end(receive, "retried")
-            self._waiting.appendleft(replace(receive.plan, transfer_id=transfer_id + 1))
+            again = replace(receive.plan, transfer_id=transfer_id + 1)
+            self._waiting.appendleft((again, time.monotonic() + self._patience_s))
             self._open_waiting()
 
     def give_up(self, request_id: str, transfer_id: int) -> None:
         receive = self._current(request_id, transfer_id)
         if receive is not None:
             self._end(receive, "given up")
-            # All of them: vLLM recomputes from the first invalid block on.
-            self.invalid_blocks.update(receive.plan.block_ids)
-            self.received.add(receive.plan.engine_id)
+            self._hand_back(receive.plan)
             self._open_waiting()
+
+    def _hand_back(self, plan: ReceivePlan) -> None:
+        """All blocks are invalid: vLLM recomputes from the first invalid one on."""
+        self.invalid_blocks.update(plan.block_ids)
+        self.received.add(plan.engine_id)
 
     def settle(self, transfer_id: int, peer: str, closed: bool) -> None:
         quarantine = self._quarantine.get(transfer_id)
@@ -165,7 +183,7 @@ class Receiver:
     def _open_waiting(self) -> None:
         """Grant staging in order of arrival; a receive that has to wait keeps those behind it waiting too."""
         while self._waiting:
-            plan = self._waiting[0]
+            plan, _ = self._waiting[0]
             per_slot = max(1, self._staging.slot_bytes // self._copier.block_bytes)
             wanted = min(self._window, -(-len(plan.block_ids) // per_slot), self._staging.count)
             slots = self._staging.take(min(wanted, max(1, self._staging.free)))
@@ -196,8 +214,8 @@ class Receiver:
 
     def _end(self, receive: Receive, cause: str) -> None:
         """End an attempt early: its slots go into quarantine, unless its sender is known to have closed it."""
+        peer, closed = self._settled.get(receive.transfer_id, ("", False))
         self._forget(receive)
-        peer, closed = self._settled.pop(receive.transfer_id, ("", False))
         if closed:
             self._staging.give(*receive.slots)
         else:
@@ -207,6 +225,7 @@ class Receiver:
     def _forget(self, receive: Receive) -> None:
         del self._open[receive.transfer_id]
         self._by_request.pop(receive.plan.request_id, None)
+        self._settled.pop(receive.transfer_id, None)
 
     def _current(self, request_id: str, transfer_id: int) -> Receive | None:
         if self._by_request.get(request_id) != transfer_id:
@@ -217,11 +236,11 @@ class Receiver:
 
     @property
     def active(self) -> bool:
-        return bool(self._open or self._quarantine)
+        return bool(self._waiting or self._open or self._quarantine)
 
     def holds(self) -> dict[str, int]:
         """Blocks waiting for their content, and staging slots in quarantine."""
-        waiting = sum(len(plan.block_ids) for plan in self._waiting)
+        waiting = sum(len(plan.block_ids) for plan, _ in self._waiting)
         return {
             "receive": waiting + sum(len(one.plan.block_ids) for one in self._open.values()),
             "quarantine": sum(len(one.slots) for one in self._quarantine.values()),

@@ -8,8 +8,9 @@ import os
 import torch
 
 from workers.connector.channel import ConnectorEnd
-from workers.connector.mover import Ended, Mover, MoverSettings
+from workers.connector.mover import Ended, Mover
 from workers.connector.protocol import Hello, StepPlan
+from workers.connector.settings import MoverSettings
 from workers.transfer.layout import planes_of
 from workers.transfer.nixl import NixlEngine
 

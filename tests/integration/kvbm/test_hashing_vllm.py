@@ -36,6 +36,4 @@ def test_hashes_equal_what_vllm_puts_into_its_kv_events(
     theirs = kv_cache_utils.get_request_block_hasher(16, sha256_cbor)(request)
     assert kv_cache_utils.NONE_HASH == ROOT
     assert full_block_hashes(ids, 16, salt, lora) == theirs
-    assert block_hashes(ids, 16, salt, lora) == [
-        kv_cache_utils.maybe_convert_block_hash(full) for full in theirs
-    ]
+    assert block_hashes(ids, 16, salt, lora) == [kv_cache_utils.maybe_convert_block_hash(full) for full in theirs]

@@ -55,3 +55,7 @@ def test_gpu_workers_see_only_their_gpus() -> None:
 def test_frontends_and_simulated_workers_get_the_environment_as_it_is() -> None:
     assert of(plan(), "frontend-0", {"A": "b"}) == {"A": "b"}
     assert of(plan(engine="sim"), "decode-0", {"A": "b"}) == {"A": "b"}
+
+
+def test_a_hash_seed_of_the_user_s_shell_does_not_reach_the_workers() -> None:
+    assert "PYTHONHASHSEED" not in of(plan(), "decode-0", {"PYTHONHASHSEED": "7"})

@@ -13,8 +13,9 @@ from typing import TypeVar
 import torch
 
 from dynamo_lite.plane.wire import Incarnation, PushTarget
-from workers.connector.mover import Mover, MoverSettings
+from workers.connector.mover import Mover
 from workers.connector.protocol import Holds, PushStep, ReceiveOpened, ReceivePlan, Report, StepPlan
+from workers.connector.settings import MoverSettings
 from workers.transfer.layout import Planes, planes_of
 
 os.environ.setdefault("UCX_RNDV_THRESH", "inf")  # as the supervisor sets it, before UCX starts

@@ -107,6 +107,18 @@ def test_a_request_given_up_makes_room_for_the_next_that_waits_for_staging() -> 
         assert same(sender, [1], receiver, [7])
 
 
+def test_a_request_that_waits_too_long_for_staging_is_handed_back_to_be_computed() -> None:
+    with pair(staging_blocks=2, timeout_s=0.05) as (_, receiver):
+        plan_receive(receiver, [5], "first", 256)
+        receiver.reports.take(ReceiveOpened)
+        plan_receive(receiver, [6], "second", 512)
+        ended = receiver.reports.take(ReceiveEnded)
+        assert (ended.request_id, ended.cause) == ("second", "no staging")
+        receiver.mover.wait(5)
+        back = receiver.mover.ended(set())
+        assert (back.received, back.invalid_blocks) == ({"second-engine"}, {6})
+
+
 def test_staging_of_a_silent_sender_stays_in_quarantine_until_its_process_is_gone() -> None:
     with pair(staging_blocks=2) as (sender, receiver):
         plan_receive(receiver, [5])
