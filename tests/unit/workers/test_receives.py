@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from dynamo_lite.errors import PrefillFailed
+from dynamo_lite.plane.wire import Incarnation, PushTarget, RankTarget
+from workers.connector.protocol import (
+    NO_STAGING,
+    Command,
+    GiveUp,
+    ReceiveEnded,
+    ReceiveOpened,
+    Reopen,
+    Settle,
+    Skipped,
+)
+from workers.engine import TransferReport
+from workers.receives import Receives
+from workers.service import scope
+
+RANKS = 2
+
+
+class ScriptedPrefill:
+    """A RemotePrefill whose candidates answer as the test says."""
+
+    def __init__(self, *candidates: str) -> None:
+        self.left = list(candidates)
+        self.asked = ""
+        self.targets: list[PushTarget] = []
+        self.reasons: list[str] = []
+        self.reports: list[TransferReport] = []
+        self.stopped = False
+        self.reported = asyncio.Event()
+        self.called = asyncio.Event()
+        self.answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    @property
+    def more(self) -> bool:
+        return bool(self.left)
+
+    async def ask(self, target: PushTarget) -> int:
+        self.asked = self.left.pop(0)
+        self.targets.append(target)
+        self.called.set()
+        return await asyncio.shield(self.answer)
+
+    def fail(self, cause: str) -> None:
+        answer, self.answer = self.answer, asyncio.get_running_loop().create_future()
+        self.called.clear()
+        answer.set_exception(PrefillFailed(cause))
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def skipped(self, reason: str) -> None:
+        self.reasons.append(reason)
+
+    def transferred(self, report: TransferReport) -> None:
+        self.reports.append(report)
+        self.reported.set()
+
+
+class Bench:
+    """Receives, with the commands they gave."""
+
+    def __init__(self, group: asyncio.TaskGroup) -> None:
+        self.commands: list[Command] = []
+        self.told = asyncio.Event()
+        self.receives = Receives(Incarnation("d"), RANKS, self._command, 0.2, group)
+
+    def _command(self, command: Command) -> None:
+        self.commands.append(command)
+        self.told.set()
+
+    async def next_command(self) -> Command:
+        async with asyncio.timeout(5):
+            while not self.commands:
+                await self.told.wait()
+                self.told.clear()
+        return self.commands.pop(0)
+
+    def open(self, transfer_id: int = 256) -> None:
+        for rank in range(RANKS):
+            target = RankTarget(b"md", f"d:{rank}", 0, 0, "DRAM", 100, (rank,))
+            self.receives.handle(ReceiveOpened("r", transfer_id, rank, 3, 7, target))
+
+    def arrive(self, transfer_id: int = 256) -> None:
+        for rank in range(RANKS):
+            self.receives.handle(ReceiveEnded("r", transfer_id, rank, "", 50, 7, 2, 10 + rank, 20 + rank))
+
+
+@asynccontextmanager
+async def bench() -> AsyncIterator[Bench]:
+    async with asyncio.timeout(10), scope() as group:
+        yield Bench(group)
+
+
+async def test_the_first_candidate_is_asked_once_every_rank_has_staging() -> None:
+    async with bench() as made:
+        remote = ScriptedPrefill("p0")
+        receive = made.receives.expect("r", remote)
+        made.open()
+        await remote.called.wait()
+        (target,) = remote.targets
+        assert (target.transfer_id, target.first_block, target.num_blocks) == (256, 3, 7)
+        assert [rank.agent_name for rank in target.ranks] == ["d:0", "d:1"]
+        assert receive.local_blocks == 3
+        made.arrive()
+        remote.answer.set_result(0)
+        await remote.reported.wait()
+        (report,) = remote.reports
+        assert (report.bytes, report.blocks, report.pieces) == (100, 7, 4)
+        assert (report.started_ns, report.ended_ns) == (10, 21)
+        assert made.commands == []
+
+
+async def test_a_failed_candidate_that_said_so_frees_its_staging_and_the_next_gets_a_new_transfer() -> None:
+    async with bench() as made:
+        remote = ScriptedPrefill("p0", "p1")
+        made.receives.expect("r", remote)
+        made.open()
+        await remote.called.wait()
+        remote.fail("engine_died")
+        assert await made.next_command() == Settle(256, "p0", closed=True)
+        assert await made.next_command() == Reopen("r", 256)
+        made.open(257)
+        await remote.called.wait()
+        assert remote.targets[-1].transfer_id == 257
+        remote.fail("gone")
+        assert await made.next_command() == Settle(257, "p1", closed=False)
+        assert await made.next_command() == GiveUp("r", 257)
+
+
+async def test_blocks_that_never_arrive_after_a_success_are_computed_here() -> None:
+    async with bench() as made:
+        remote = ScriptedPrefill("p0")
+        made.receives.expect("r", remote)
+        made.open()
+        await remote.called.wait()
+        remote.answer.set_result(0)
+        assert await made.next_command() == Settle(256, "p0", closed=True)
+        assert await made.next_command() == GiveUp("r", 256)
+        assert remote.reports == []
+
+
+async def test_an_aborted_request_waits_for_its_candidate_before_its_staging_is_free() -> None:
+    async with bench() as made:
+        remote = ScriptedPrefill("p0", "p1")
+        made.receives.expect("r", remote)
+        made.open()
+        await remote.called.wait()
+        made.receives.release("r")
+        assert remote.stopped
+        assert made.commands == []
+        remote.fail("cancelled")
+        assert await made.next_command() == Settle(256, "p0", closed=True)
+        await asyncio.sleep(0)
+        assert made.commands == [], "no other candidate is asked"
+
+
+async def test_staging_granted_after_an_abort_is_free_at_once() -> None:
+    async with bench() as made:
+        made.receives.expect("r", ScriptedPrefill("p0"))
+        made.receives.release("r")
+        made.open()
+        assert made.commands == [Settle(256, "", closed=True)] * RANKS
+
+
+async def test_the_reason_for_computing_here_is_passed_on() -> None:
+    async with bench() as made:
+        remote = ScriptedPrefill("p0")
+        made.receives.expect("r", remote)
+        made.receives.handle(Skipped("r", "prefix hit"))
+        made.receives.handle(ReceiveEnded("r", 256, 0, NO_STAGING))
+        assert remote.reasons == ["prefix hit", "no staging"]
