@@ -1,0 +1,16 @@
+"""What a mover is told of `kv_transfer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class MoverSettings:
+    """From `kv_transfer`, resolved."""
+
+    rank: int
+    staging: int  # bytes, each direction
+    piece: int  # bytes
+    window: int
+    timeout_s: float
