@@ -132,6 +132,10 @@ def ucx_environment(config: Config) -> Mapping[str, str]:
     settings = {"UCX_RNDV_THRESH": "inf"}
     if device := config.kv_transfer.rdma_device:
         settings["UCX_NET_DEVICES"] = device if ":" in device else f"{device}:1"  # UCX names ports
+    elif not etcd_endpoints(config):
+        # An embedded etcd is on loopback, so all workers are on this host: nobody else need reach UCX, which asks
+        # for no password.
+        settings["UCX_NET_DEVICES"] = "lo"
     return settings
 
 

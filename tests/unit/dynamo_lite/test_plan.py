@@ -171,7 +171,12 @@ def test_etcd_endpoints_win_over_the_metadata_server() -> None:
 def test_the_rdma_device_becomes_a_ucx_port() -> None:
     config = Config.model_validate({"kv_transfer": {"rdma_device": "mlx5_0"}})
     assert ucx_environment(config) == {"UCX_RNDV_THRESH": "inf", "UCX_NET_DEVICES": "mlx5_0:1"}
-    assert "UCX_NET_DEVICES" not in ucx_environment(Config())
+
+
+def test_ucx_stays_on_loopback_where_all_workers_are_on_this_host() -> None:
+    assert ucx_environment(Config())["UCX_NET_DEVICES"] == "lo"
+    spread = Config.model_validate({"etcd": {"endpoints": ["http://a:2379"]}})
+    assert "UCX_NET_DEVICES" not in ucx_environment(spread)
 
 
 def test_the_printed_plan_names_every_process_and_address() -> None:

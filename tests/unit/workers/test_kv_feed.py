@@ -49,12 +49,6 @@ class Publisher:
 def stored(*hashes: int, **more: Any) -> dict[str, Any]:
     blank: dict[str, Any] = {"parent_block_hash": None, "token_ids": [], "block_size": 32}
     blank |= {"lora_id": None, "lora_name": None}
-        "parent_block_hash": None,
-        "token_ids": [],
-        "block_size": 32,
-        "lora_id": None,
-        "lora_name": None,
-    }
     return {"type": "BlockStored", "block_hashes": list(hashes), "medium": "GPU", **blank, **more}
 
 
