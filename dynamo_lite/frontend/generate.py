@@ -33,13 +33,13 @@ from dynamo_lite.plane.wire import (
     decode,
     encode,
 )
-from dynamo_lite.router.fleet import Fleet
+from dynamo_lite.router.roster import Roster
 from dynamo_lite.router.router import Placement, Router
 from dynamo_lite.tasks import background
 from dynamo_lite.telemetry import tracer
 
 SILENCE_S = 2.0  # a worker that answers no ping for this long is frozen or cut off
-RECONNECT_CHECK_S = 0.5
+HOUSEKEEPING_S = 0.5
 LOST_WORKERS = 2  # a request that two workers died of is not given to a third
 
 log = logging.getLogger(__name__)
@@ -92,15 +92,17 @@ class Call:
                 await self._arrived.wait()
                 self._arrived.clear()
                 mail, self._mail = self._mail, []
-                batch = []
+                batch: list[tuple[int, Delta]] = []
                 for flight, item in mail:
+                    error = _error_of(item)
+                    if error is not None and batch:
+                        yield batch  # what came before it; that may complete the request
+                        batch = []
                     if self._flights.get(flight.prompt) is not flight:
                         continue  # of an attempt given up, or of a sequence that is over
-                    if isinstance(item, DynamoError):
-                        await self._retry(flight, item)
-                    elif item.error is not None:
-                        await self._retry(flight, item.error.exception())
-                    elif item.index in flight.open:
+                    if error is not None:
+                        await self._retry(flight, error)
+                    elif isinstance(item, Delta) and item.index in flight.open:
                         await self._note(flight, item)
                         batch.append((flight.prompt, item))
                 if batch:
@@ -177,9 +179,9 @@ class Call:
 class Backend:
     """The workers as the frontend's handlers see them. Open it with `Backend.open`."""
 
-    def __init__(self, bus: Bus, subjects: Subjects, fleet: Fleet, router: Router, group: asyncio.TaskGroup) -> None:
+    def __init__(self, bus: Bus, subjects: Subjects, roster: Roster, router: Router, group: asyncio.TaskGroup) -> None:
         self.id = FrontendId(uuid.uuid4().hex)
-        self._bus, self._subjects, self._fleet, self._router, self._group = bus, subjects, fleet, router, group
+        self._bus, self._subjects, self._roster, self._router, self._group = bus, subjects, roster, router, group
         self._flights: dict[str, Flight] = {}
         self._of_worker: dict[Incarnation, set[Flight]] = {}
         self._watches: dict[Incarnation, asyncio.Task[None]] = {}
@@ -187,13 +189,13 @@ class Backend:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, bus: Bus, subjects: Subjects, fleet: Fleet, router: Router) -> AsyncIterator[Backend]:
+    async def open(cls, bus: Bus, subjects: Subjects, roster: Roster, router: Router) -> AsyncIterator[Backend]:
         async with asyncio.TaskGroup() as group:
-            backend = cls(bus, subjects, fleet, router, group)
+            backend = cls(bus, subjects, roster, router, group)
             deltas = await bus.subscribe(subjects.deltas(backend.id), backend._receive)
             undelivered = await bus.subscribe(subjects.undelivered(backend.id), backend._undelivered)
             try:
-                async with background(backend._heed_reconnects()):
+                async with background(backend._keep_house()):
                     yield backend
             finally:
                 for watch in backend._watches.values():
@@ -241,13 +243,10 @@ class Backend:
 
     def forget(self, flight: Flight) -> None:
         self._flights.pop(flight.id, None)
-        worker = flight.worker.incarnation
-        flights = self._of_worker.get(worker, set())
+        flights = self._of_worker.get(flight.worker.incarnation, set())
         flights.discard(flight)
-        if not flights:
-            self._of_worker.pop(worker, None)
-            if watch := self._watches.pop(worker, None):
-                watch.cancel()
+        if not flights:  # the watch lingers, as the next request may come at once
+            self._of_worker.pop(flight.worker.incarnation, None)
 
     def _receive(self, message: Message) -> None:
         try:
@@ -268,7 +267,7 @@ class Backend:
         flight = self._flights.get(message.subject.rpartition(".")[2])
         if flight is not None and message.no_responders:
             if not self.settling:
-                self._fleet.lost(flight.worker.incarnation)
+                self._roster.lost(flight.worker.incarnation)
             flight.call.put(flight, NoResponders(flight.worker.name))
 
     def _lose(self, worker: Incarnation, cause: str) -> None:
@@ -290,28 +289,37 @@ class Backend:
         self._watches.pop(worker.incarnation, None)
         log.warning("worker %s is lost: %s", worker.name, cause)
         if self._bus.connected:  # else it is NATS that is gone
-            self._fleet.lost(worker.incarnation)
+            self._roster.lost(worker.incarnation)
         self._lose(worker.incarnation, cause)
 
-    async def _heed_reconnects(self) -> NoReturn:
+    async def _keep_house(self) -> NoReturn:
+        """End watches of idle workers, and notice when NATS was away."""
+        seen = self._bus.reconnects
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_S)
+            for worker in [worker for worker in self._watches if worker not in self._of_worker]:
+                self._watches.pop(worker).cancel()
+            if self._bus.reconnects != seen:
+                seen = self._bus.reconnects
+                await self._doubt(dict(self._seqs), list(self._flights.values()))
+
+    async def _doubt(self, before: dict[Incarnation, int], flights: list[Flight]) -> None:
         """A batch sent while NATS was away is lost; if it was a worker's last, no later one shows the gap.
 
         So flights to a worker that says nothing for a while after a reconnect are given up.
         """
-        seen = self._bus.reconnects
-        while True:
-            await asyncio.sleep(RECONNECT_CHECK_S)
-            if self._bus.reconnects == seen:
-                continue
-            seen = self._bus.reconnects
-            before = dict(self._seqs)
-            suspects = list(self._flights.values())
-            await asyncio.sleep(SILENCE_S)
-            for flight in suspects:
-                worker = flight.worker
-                silent = self._seqs.get(worker.incarnation) == before.get(worker.incarnation)
-                if flight.id in self._flights and silent:
-                    flight.call.put(flight, WorkerLost(worker.name, "nothing came from it after NATS was away"))
+        await asyncio.sleep(SILENCE_S)
+        for flight in flights:
+            worker = flight.worker
+            silent = self._seqs.get(worker.incarnation) == before.get(worker.incarnation)
+            if flight.id in self._flights and silent:
+                flight.call.put(flight, WorkerLost(worker.name, "nothing came from it after NATS was away"))
+
+
+def _error_of(item: Delta | DynamoError) -> DynamoError | None:
+    if isinstance(item, DynamoError):
+        return item
+    return None if item.error is None else item.error.exception()
 
 
 def _describe(placement: Placement, span: trace.Span) -> None:

@@ -186,12 +186,12 @@ def _read_tokenizer(model: Path) -> Tokenizer:
 
 def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
     """`bos_token` and the like; a value is a string or an object with `content`."""
-    found: dict[str, str] = {"bos_token": "", "eos_token": ""}
+    found: dict[str, str] = {}
     for key, value in settings.items():
         text = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(text, str):
+        if key.endswith("_token") and isinstance(text, str) and text:
             found[key] = text
-    return {key: text for key, text in found.items() if text or key == "bos_token"}
+    return found
 
 
 def _template_source(model: Path, settings: dict[str, Any], override: Path | None) -> str | None:
