@@ -213,7 +213,7 @@ class _Planner:
         return Memory(
             weights=self.shape.weight_bytes(self.config.dtype) if self.shape else 0,
             kv=ranks * (kv_cache or 0),
-            staging=ranks * self.config.kv_transfer.staging,
+            staging=ranks * 2 * self.config.kv_transfer.staging,  # once for sending, once for receiving
             overhead=VLLM_OVERHEAD * ranks,
         )
 

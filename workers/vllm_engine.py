@@ -99,6 +99,7 @@ class VllmEngine:
         config, transfer = self._spec.config, self._spec.config.kv_transfer
         values: dict[str, Any] = {
             "model": str(self._spec.model_path),
+            "served_model_name": config.model_name,  # the label of vLLM's metrics
             "skip_tokenizer_init": True,  # the frontend tokenises
             "dtype": config.dtype,
             "kv_cache_dtype": config.kv_cache_dtype,
