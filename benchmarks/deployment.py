@@ -30,6 +30,7 @@ STOP_S = 60.0
 REQUEST_S = 120.0
 SPANS_S = 10.0
 POLL_S = 0.05
+NEW_TOKENS = 4
 WORKERS = ("prefill", "decode", "both")
 SOURCES = ("local_compute", "local_cache_hit", "external_kv_transfer")
 
@@ -56,14 +57,16 @@ class Deployment:
     run: dict[str, Any]
 
     def complete(self, token_ids: Sequence[int]) -> Answered:
-        """One token after this prompt. With more, the first could be held back: it may end inside a character."""
+        """A few tokens after this prompt. With logprobs the first one is an event even if it ends inside a character."""
         address = urlsplit(self.run["frontend"])
         trace_id = secrets.token_hex(16)
         headers = {"Content-Type": "application/json", "traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-01"}
         body = {
             "model": self.run["model"],
             "prompt": list(token_ids),
-            "max_tokens": 1,
+            "max_tokens": NEW_TOKENS,
+            "logprobs": 0,
+            "ignore_eos": True,
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -83,9 +86,10 @@ class Deployment:
         finally:
             connection.close()
         events = [json.loads(event[6:]) for event in (first + rest).decode().split("\n\n")[:-2]]
-        if "error" in events[-1] or len(events) != 2:
-            raise BenchmarkError(f"not one token and its usage: {events}")
-        return Answered(ttft_s, events[-1]["usage"]["prompt_tokens_details"]["cached_tokens"], trace_id)
+        usage = events[-1].get("usage")
+        if not usage or usage["completion_tokens"] != NEW_TOKENS:
+            raise BenchmarkError(f"not {NEW_TOKENS} tokens and their usage: {events}")
+        return Answered(ttft_s, usage["prompt_tokens_details"]["cached_tokens"], trace_id)
 
     def metrics_urls(self) -> dict[str, str]:
         """Of the live workers, by name, as the discovery service has them."""

@@ -7,7 +7,7 @@ ends. One that ends early leaves its slots in quarantine until its sender has cl
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +21,7 @@ from workers.errors import TransferError
 from workers.transfer.engine import TransferEngine
 from workers.transfer.pack import Copier
 
+_GONE_KEPT = 1024
 _STAGING_PATIENCE = 10  # times the transfer's timeout: longer than a quarantine lasts whose owner is really gone
 _notes = msgspec.msgpack.Encoder()
 
@@ -60,6 +61,7 @@ class Receiver:
         self._open: dict[int, Receive] = {}  # by transfer id
         self._by_request: dict[str, int] = {}
         self._quarantine: dict[int, Quarantine] = {}
+        self._gone: OrderedDict[str, None] = OrderedDict()  # incarnations, the latest ones
         self._settled: dict[int, tuple[str, bool]] = {}  # said before the transfer ended here
         self.received: set[str] = set()  # engine ids, for vLLM
         self.invalid_blocks: set[int] = set()
@@ -112,6 +114,7 @@ class Receiver:
         self.received.add(plan.engine_id)
 
     def settle(self, transfer_id: int, peer: str, closed: bool) -> None:
+        closed = closed or peer in self._gone
         quarantine = self._quarantine.get(transfer_id)
         if quarantine is None:
             if transfer_id in self._open:
@@ -131,6 +134,9 @@ class Receiver:
             self._open_waiting()
 
     def peer_gone(self, incarnation: str) -> None:
+        self._gone[incarnation] = None  # it may be asked once more before everybody knows
+        if len(self._gone) > _GONE_KEPT:
+            self._gone.popitem(last=False)
         for transfer_id in [key for key, value in self._quarantine.items() if value.peer == incarnation]:
             self.closed(transfer_id)
 

@@ -136,6 +136,17 @@ def test_staging_of_a_silent_sender_stays_in_quarantine_until_its_process_is_gon
         assert same(sender, [1], receiver, [7])
 
 
+def test_a_sender_known_to_be_gone_is_not_waited_for_again() -> None:
+    with pair(staging_blocks=2) as (_, receiver):
+        receiver.mover.command(PeerGone("p"))
+        plan_receive(receiver, [5])
+        opened = receiver.reports.take(ReceiveOpened)
+        receiver.mover.command(Settle(opened.transfer_id, "p", closed=False))
+        receiver.mover.command(GiveUp("r", opened.transfer_id))
+        assert receiver.reports.take(ReceiveEnded).cause == "given up"
+        assert receiver.held("quarantine") == 0
+
+
 def test_a_late_piece_of_an_earlier_attempt_changes_nothing() -> None:
     with pair() as (sender, receiver):
         plan_receive(receiver, [5, 6])
