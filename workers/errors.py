@@ -27,6 +27,12 @@ class TransferTimeout(TransferError):
     cause = "deadline"
 
 
+class Frozen(TransferError):
+    """This process stood still for longer than a peer waits; what it was allowed to write to may be in other use."""
+
+    cause = "frozen"
+
+
 class Mismatch(TransferError):
     """The two sides cannot exchange KV; says which property differs."""
 

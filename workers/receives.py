@@ -12,12 +12,23 @@ from dataclasses import dataclass, field
 
 from dynamo_lite.errors import PrefillFailed
 from dynamo_lite.plane.wire import Incarnation, PushTarget, RankTarget
-from workers.connector.protocol import NO_STAGING, Command, GiveUp, ReceiveEnded, ReceiveOpened, Reopen, Settle, Skipped
+from workers.connector.protocol import (
+    IN_FLIGHT,
+    NO_STAGING,
+    Command,
+    GiveUp,
+    ReceiveEnded,
+    ReceiveOpened,
+    Reopen,
+    Settle,
+    Skipped,
+)
 from workers.engine import RemotePrefill, TransferReport
 
 # Failures after which a candidate may still be writing: it has not said otherwise, and one that NATS cannot reach
 # is not therefore dead.
-_UNCERTAIN = ("silent", "gone", "protocol")
+_STAGING_PATIENCE = 20  # times the transfer's timeout: the connectors hand back what waits half as long
+_UNCERTAIN = ("silent", "gone", "protocol", "engine_died", IN_FLIGHT)
 
 
 @dataclass(slots=True)
@@ -98,22 +109,26 @@ class Receives:
             while not await self._attempt(receive):
                 pass
         finally:
-            self._receives.pop(receive.request_id, None)
+            if self._receives.get(receive.request_id) is receive:
+                del self._receives[receive.request_id]
 
     async def _attempt(self, receive: Receive) -> bool:
         """Ask one candidate; True when the request needs no other."""
-        while len(receive.opened) < self._ranks and not receive.unwanted and not receive.handed_back:
-            await self._change(receive)
+        granted = await self._granted(receive)
         if not receive.opened:
             return True  # aborted, or handed back, while it waited for staging
         transfer_id = next(iter(receive.opened.values())).transfer_id
-        if receive.unwanted:
+        if not granted:
             self._command(Settle(transfer_id, "", closed=True))
+            if not receive.unwanted:
+                self._command(GiveUp(receive.request_id, transfer_id))
             return True
         try:
             await receive.remote.ask(self._target(receive, transfer_id))
         except PrefillFailed as failure:
-            return self._failed(receive, transfer_id, closed=failure.cause not in _UNCERTAIN)
+            if len(receive.arrived) < self._ranks:
+                return self._failed(receive, transfer_id, closed=failure.cause not in _UNCERTAIN)
+            # Only its reply was lost: every block is here.
         # Every piece has been written; what is left is to scatter the last ones.
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -127,13 +142,25 @@ class Receives:
             self._command(Settle(transfer_id, receive.remote.asked, closed=True))
         return True
 
+    async def _granted(self, receive: Receive) -> bool:
+        """Whether every rank got staging for the attempt. Ranks may disagree: then none of them is to wait on."""
+        try:
+            async with asyncio.timeout(self._timeout_s * _STAGING_PATIENCE):
+                while len(receive.opened) < self._ranks and not receive.unwanted and not receive.handed_back:
+                    await self._change(receive)
+        except TimeoutError:
+            receive.remote.skipped(NO_STAGING)
+            return False
+        return len(receive.opened) == self._ranks and not receive.unwanted
+
     def _failed(self, receive: Receive, transfer_id: int, *, closed: bool) -> bool:
         self._command(Settle(transfer_id, receive.remote.asked, closed))
         if receive.unwanted:
             return True
+        partly = bool(receive.arrived)  # a rank that has all of its blocks will not open again
         receive.opened.clear()
         receive.arrived.clear()
-        if receive.remote.more:
+        if receive.remote.more and not partly:
             self._command(Reopen(receive.request_id, transfer_id))
             return False
         self._command(GiveUp(receive.request_id, transfer_id))

@@ -54,9 +54,13 @@ class ConnectorEnd:
     def _read(self, handle: Callable[[Command], None], closed: Callable[[], None]) -> None:
         decoder = msgspec.msgpack.Decoder(Command)
         stream = self._socket.makefile("rb")
-        while head := stream.read(_LENGTH.size):
-            handle(decoder.decode(stream.read(*_LENGTH.unpack(head))))
-        closed()
+        try:
+            while head := stream.read(_LENGTH.size):
+                handle(decoder.decode(stream.read(*_LENGTH.unpack(head))))
+        except (OSError, struct.error, msgspec.DecodeError):
+            return  # the worker process died in the middle of a message
+        finally:
+            closed()
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # the other end may have closed first

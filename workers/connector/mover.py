@@ -6,6 +6,7 @@ else calls NIXL. While idle the thread sleeps; while transfers are open it polls
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
+import torch
 
 from workers.connector.protocol import (
     Closed,
@@ -33,10 +35,12 @@ from workers.connector.push import Sender
 from workers.connector.receive import Receiver
 from workers.connector.settings import MoverSettings
 from workers.connector.staging import Staging
-from workers.transfer.engine import TransferEngine
+from workers.errors import TransferError
+from workers.transfer.engine import Notification, TransferEngine
 from workers.transfer.layout import Planes
 from workers.transfer.pack import Copier, Ready
 
+_log = logging.getLogger(__name__)
 _POLL_MOVING_S = 0.0002
 _POLL_WAITING_S = 0.001
 _JOIN_TIMEOUT_S = 5.0
@@ -79,6 +83,7 @@ class Mover:
         self._pushing: set[str] = set()  # engine ids with a push that vLLM has not been told the end of
         self._finished: set[str] = set()  # of these, the ones that vLLM has finished
         self._sent: set[str] = set()
+        self._unreported: set[str] = set()  # preempted: vLLM is not told of their end
         self._received: set[str] = set()
         self._invalid: set[int] = set()
         self._stopped = False
@@ -101,6 +106,7 @@ class Mover:
         """Return once no block of these prompts is read any more: vLLM is about to hand them out."""
         with self._ended_lock:
             self._pushing -= set(engine_ids)  # vLLM has freed their blocks itself
+            self._unreported |= set(engine_ids)
         with self._lock:
             for engine_id in engine_ids:
                 self._sender.preempt(engine_id)
@@ -113,11 +119,14 @@ class Mover:
             self._sent -= sent
             self._finished -= sent
             self._pushing -= sent
+            over = finished & self._unreported
+            self._sent -= over
+            self._unreported -= over
             received, self._received = self._received, set()
             invalid, self._invalid = self._invalid, set()
             self._changed.clear()
-        if sent:
-            self._do(lambda: self._sender.forget(sent))
+        if sent or over:
+            self._do(lambda: self._sender.forget(sent | over))
         return Ended(sent, received, invalid)
 
     def wait(self, seconds: float) -> None:
@@ -144,6 +153,8 @@ class Mover:
 
     def _live(self) -> None:
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # a new thread starts on device 0, whatever its rank
             self._run()
         except BaseException as error:
             self._on_bug(error)
@@ -163,10 +174,11 @@ class Mover:
                 if now - last > self._settings.timeout_s and self._sender.active:
                     # This process was frozen: receivers have given up on these pushes, and must not be written to.
                     self._sender.fail_all("frozen")
+                self._sender.fence = now + self._settings.timeout_s
                 for action in actions:
                     action()
                 self._poll()
-            last = time.monotonic() if self._sender.active or self._receiver.active else now
+            last = now
             self._tell_holds()
         self._sender.fail_all("shutdown")
         self._engine.close()
@@ -178,7 +190,7 @@ class Mover:
 
     def _poll(self) -> None:
         if self._sender.active or self._receiver.active:
-            for note in self._engine.notifications():
+            for note in self._notifications():
                 self._note(note.peer, note.payload)
         self._sender.progress()
         self._receiver.expire()
@@ -191,6 +203,13 @@ class Mover:
             self._receiver.received.clear()
             self._receiver.invalid_blocks.clear()
             self._changed.set()
+
+    def _notifications(self) -> list[Notification]:
+        try:
+            return self._engine.notifications()
+        except TransferError as error:  # of one peer's connection; its pushes fail by themselves
+            _log.warning("reading notifications failed: %s", error)
+            return []
 
     def _note(self, peer: str, payload: bytes) -> None:
         try:
@@ -225,6 +244,7 @@ class Mover:
                 self._receiver.settle(command.transfer_id, command.peer, command.closed)
             case PeerGone():
                 self._receiver.peer_gone(command.incarnation)
+                self._engine.disconnect(f"{command.incarnation}:{self._settings.rank}")
             case StopPush():
                 self._sender.stop(command.request_id)
 

@@ -66,6 +66,9 @@ class ReceiveEnded(msgspec.Struct, frozen=True, tag="received"):
     ended_ns: int = 0
 
 
+IN_FLIGHT = "in_flight"  # cause of a push that has failed while one of its writes cannot be stopped
+
+
 class PushEnded(msgspec.Struct, frozen=True, tag="pushed"):
     """A push has ended on one rank. `cause` is empty when every piece was written."""
 

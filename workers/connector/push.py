@@ -14,10 +14,10 @@ from typing import cast
 
 import msgspec
 
-from workers.connector.protocol import Closed, Piece, PushEnded, PushStep, Report
+from workers.connector.protocol import IN_FLIGHT, Closed, Piece, PushEnded, PushStep, Report
 from workers.connector.settings import MoverSettings
 from workers.connector.staging import Staging
-from workers.errors import TransferError
+from workers.errors import Frozen, PeerLost, TransferError
 from workers.transfer.engine import Memory, TransferEngine, Write
 from workers.transfer.pack import Copier, Ready
 
@@ -32,6 +32,20 @@ class Flight:
     write: Write
     local_slot: int
     count: int
+
+
+def _ended(write: Write) -> bool:
+    """Whether a write is over, well or badly, and released."""
+    try:
+        if write.poll() == "pending":
+            return False
+    except TransferError:
+        pass  # over, badly: the push has failed already
+    try:
+        write.close()
+    except TransferError:
+        return False
+    return True
 
 
 @dataclass(slots=True)
@@ -71,6 +85,7 @@ class Sender:
         self._ended: set[str] = set()  # engine ids of pushes that need their blocks no more
         self._stopped: OrderedDict[str, None] = OrderedDict()  # request ids the receiver gave up on, the latest ones
         self._preempted: set[str] = set()  # engine ids whose steps may still come, but must not be read any more
+        self.fence = 0.0  # nothing is written after this time: the mover moves it on while it runs
         self.fresh: list[str] = []  # those that ended since the mover last looked
 
     def step(self, step: PushStep, ready: Ready) -> None:
@@ -98,6 +113,8 @@ class Sender:
         push.queue.append((step.first, step.block_ids, ready))
 
     def _open(self, step: PushStep) -> Push:
+        if len(step.target.ranks) <= self._rank:
+            raise TransferError(f"the target has {len(step.target.ranks)} ranks, this is rank {self._rank}")
         target = step.target.ranks[self._rank]
         if target.slot_bytes < self._copier.block_bytes:
             raise TransferError("the receiver's slots are smaller than one block")
@@ -175,6 +192,8 @@ class Sender:
             return True
         if moved:
             push.waiting_since = time.monotonic()
+        elif push.queue and push.free_slots and not push.flights:
+            push.waiting_since = time.monotonic()  # it waits for our own staging, not for the receiver
         elif (push.queue or push.flights) and time.monotonic() - push.waiting_since > self._timeout_s:
             self._fail(push, "receiver_silent")
         return moved
@@ -191,6 +210,8 @@ class Sender:
         agent = b"" if push.introduced else self._engine.metadata()
         note = _notes.encode(Piece(push.transfer_id, remote_slot, first, count, agent))
         try:
+            if time.monotonic() > self.fence:
+                raise Frozen("this process stood still; the receiver may use its slots for others by now")
             write = self._engine.write(
                 push.peer,
                 (self._staging.region, local_slot * self._staging.slot_bytes, size),
@@ -204,28 +225,34 @@ class Sender:
         push.flights.append(Flight(write, local_slot, count))
 
     def _fail(self, push: Push, cause: str) -> None:
-        """End a push early. Its blocks are free at once (writes read staging); its peer hears when nothing can come."""
+        """End a push early. Its blocks are free at once: writes read staging.
+
+        While one of its writes is still under way the worker process is told just that, and the receiver nothing.
+        """
         del self._pushes[push.transfer_id]
-        self._release(push.engine_id)
         self._closing.append((push, cause))
         self._close_failed()
+        under_way = any(closing is push for closing, _ in self._closing)
+        self._finish(push.engine_id, push.request_id, push.transfer_id, IN_FLIGHT if under_way else cause)
 
     def _close_failed(self) -> bool:
-        """Give up the writes of failed pushes; once all of a push's are, tell its receiver and the worker process."""
+        """Once no write of a failed push is under way any more, tell its receiver.
+
+        Cancelling one does not stop it for certain (UCX may go on with a put), so its end is waited for.
+        """
         moved = False
         for push, cause in list(self._closing):
             for flight in list(push.flights):
-                try:
-                    flight.write.close()
-                except TransferError:
-                    continue  # still NIXL's; tried again at the next call
-                push.flights.remove(flight)
-                self._staging.give(flight.local_slot)
-                moved = True
+                if _ended(flight.write):
+                    push.flights.remove(flight)
+                    self._staging.give(flight.local_slot)
+                    moved = True
             if not push.flights:
                 self._closing.remove((push, cause))
-                self._say_closed(push, cause)
-                self._finish(push.engine_id, push.request_id, push.transfer_id, cause)
+                if cause == PeerLost.cause:
+                    self._engine.disconnect(push.peer)  # or its next push would meet the broken connection again
+                else:
+                    self._say_closed(push, cause)
                 moved = True
         return moved
 
@@ -246,7 +273,7 @@ class Sender:
     @property
     def moving(self) -> bool:
         """Something is being written, not merely computed."""
-        return bool(self._closing) or any(push.flights or push.queue for push in self._pushes.values())
+        return any(push.flights or push.queue for push in self._pushes.values())
 
     def _release(self, engine_id: str) -> None:
         if engine_id not in self._ended:
@@ -259,4 +286,8 @@ class Sender:
         self._preempted -= engine_ids
 
     def holds(self) -> dict[str, int]:
-        return {"push": sum(push.blocks - push.written for push in self._pushes.values())}
+        """Blocks to be pushed, and blocks in staging that a failed push is still writing."""
+        return {
+            "push": sum(push.blocks - push.written for push in self._pushes.values()),
+            "in_flight": sum(flight.count for push, _ in self._closing for flight in push.flights),
+        }

@@ -35,6 +35,7 @@ class Receive:
     slots: tuple[int, ...]
     arrived: set[int] = field(default_factory=set)  # indices of blocks that were scattered
     sender: str = ""  # agent name, from the first piece
+    uncredited: list[int] = field(default_factory=list)  # slots emptied before the sender was known
     pieces: int = 0
     started_ns: int = 0
 
@@ -153,21 +154,31 @@ class Receiver:
         if not receive.pieces:
             receive.started_ns = time.time_ns()
         if piece.agent:
-            receive.sender = self._engine.connect(piece.agent)
+            self._meet(receive, piece.agent)
         receive.pieces += 1
         ids = receive.plan.block_ids[piece.first : piece.first + piece.count]
         self._copier.scatter(ids, self._staging.bytes_of(piece.slot))
         receive.arrived.update(range(piece.first, piece.first + piece.count))
         if len(receive.arrived) == total:
             self._finish(receive)
-        elif receive.sender:
-            self._credit(receive, piece.slot)
+        else:
+            receive.uncredited.append(piece.slot)
+            self._credit(receive)
 
-    def _credit(self, receive: Receive, slot: int) -> None:
+    def _meet(self, receive: Receive, agent: bytes) -> None:
         try:
-            self._engine.notify(receive.sender, _notes.encode(Credit(receive.transfer_id, slot)))
+            receive.sender = self._engine.connect(agent)
         except TransferError:
-            receive.sender = ""  # the worker process learns of the loss from the unanswered prefill request
+            receive.sender = ""  # it may have died since; the worker process will learn of it
+
+    def _credit(self, receive: Receive) -> None:
+        """Give back the slots that are empty again; those of pieces that overtook the first wait for it."""
+        while receive.sender and receive.uncredited:
+            slot = receive.uncredited.pop()
+            try:
+                self._engine.notify(receive.sender, _notes.encode(Credit(receive.transfer_id, slot)))
+            except TransferError:
+                receive.sender = ""  # the worker process learns of the loss from the unanswered prefill request
 
     def _finish(self, receive: Receive) -> None:
         """Every block is here, so the sender has nothing left to write."""

@@ -119,6 +119,8 @@ class SchedulerSide:
             if engine_id not in self._pushes:
                 continue
             fresh = cached.new_block_ids[index]
+            if engine_id in cached.resumed_req_ids:
+                self._pushes[engine_id].block_ids.clear()
             if fresh is not None:
                 self._pushes[engine_id].block_ids.extend(fresh[0])
             self._step(engine_id, cached.num_computed_tokens[index] + output.num_scheduled_tokens[engine_id])
@@ -130,7 +132,8 @@ class SchedulerSide:
     def _drop_preempted(self, preempted: set[str]) -> None:
         """A preempted prompt's blocks are given away: its push fails, and the decode worker turns elsewhere."""
         for engine_id in preempted & self._pushes.keys():
-            if self._pushes.pop(engine_id).handed_over:
+            if self._pushes[engine_id].handed_over:  # else it simply starts again
+                del self._pushes[engine_id]
                 self._plan.preempted_pushes.append(engine_id)
 
     def finished(self, request: Request) -> bool:

@@ -88,10 +88,12 @@ class NixlEngine:
         return peer
 
     def disconnect(self, peer: str) -> None:
+        if peer not in self._peers.values():
+            return
         self._peers = {key: name for key, name in self._peers.items() if name != peer}
         try:
             self._agent.remove_remote_agent(peer)
-        except _LOST:
+        except (*_LOST, *_FAILED):
             return  # already gone: what we wanted
 
     def write(
@@ -109,7 +111,7 @@ class NixlEngine:
         _guarded(self._agent.send_notif, peer, payload)
 
     def notifications(self) -> list[Notification]:
-        fresh = self._agent.get_new_notifs()
+        fresh = _guarded(self._agent.get_new_notifs)
         return [
             Notification(peer.decode() if isinstance(peer, bytes) else peer, payload)
             for peer, payloads in fresh.items()

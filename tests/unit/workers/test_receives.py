@@ -123,7 +123,7 @@ async def test_a_failed_candidate_that_said_so_frees_its_staging_and_the_next_ge
         made.receives.expect("r", remote)
         made.open()
         await remote.called.wait()
-        remote.fail("engine_died")
+        remote.fail("refused")
         assert await made.next_command() == Settle(256, "p0", closed=True)
         assert await made.next_command() == Reopen("r", 256)
         made.open(257)
@@ -159,6 +159,42 @@ async def test_an_aborted_request_waits_for_its_candidate_before_its_staging_is_
         assert await made.next_command() == Settle(256, "p0", closed=True)
         await asyncio.sleep(0)
         assert made.commands == [], "no other candidate is asked"
+
+
+async def test_a_reply_that_is_lost_after_all_blocks_have_arrived_costs_nothing() -> None:
+    async with bench() as made:
+        remote = ScriptedPrefill("p0", "p1")
+        made.receives.expect("r", remote)
+        made.open()
+        await remote.called.wait()
+        made.arrive()
+        remote.fail("gone")
+        await remote.reported.wait()
+        assert made.commands == []
+
+
+async def test_one_rank_that_has_all_its_blocks_when_another_fails_ends_remote_prefills() -> None:
+    async with bench() as made:
+        remote = ScriptedPrefill("p0", "p1")
+        made.receives.expect("r", remote)
+        made.open()
+        await remote.called.wait()
+        made.receives.handle(ReceiveEnded("r", 256, 0, "", 50, 7, 2, 10, 20))
+        remote.fail("gone")
+        assert await made.next_command() == Settle(256, "p0", closed=False)
+        assert await made.next_command() == GiveUp("r", 256)
+
+
+async def test_ranks_that_disagree_about_staging_all_give_it_back() -> None:
+    async with bench() as made:
+        remote = ScriptedPrefill("p0")
+        made.receives.expect("r", remote)
+        target = RankTarget(b"md", "d:0", 0, 0, "DRAM", 100, (0,))
+        made.receives.handle(ReceiveOpened("r", 256, 0, 3, 7, target))
+        made.receives.handle(ReceiveEnded("r", 256, 1, NO_STAGING))
+        assert await made.next_command() == Settle(256, "", closed=True)
+        assert await made.next_command() == GiveUp("r", 256)
+        assert remote.targets == []
 
 
 async def test_staging_granted_after_an_abort_is_free_at_once() -> None:

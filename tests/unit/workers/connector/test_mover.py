@@ -206,7 +206,7 @@ def test_a_receiver_that_gives_no_credit_ends_the_push_at_its_deadline() -> None
         target = target_of(receiver.reports.take(ReceiveOpened))
         receiver.mover.close()  # its memory is still there, but nobody empties the slots
         push(sender, target, [1, 2, 3, 4, 5, 6])
-        assert sender.reports.take(PushEnded).cause in ("receiver_silent", "peer_lost", "error")
+        assert sender.reports.take(PushEnded).cause in ("receiver_silent", "in_flight", "peer_lost", "error")
         assert sender.held("push") == 0
 
 
