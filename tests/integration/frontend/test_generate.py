@@ -47,6 +47,7 @@ class Puppet:
     bus: Bus
     requests: asyncio.Queue[tuple[Puppet, GenerateRequest]]  # of all puppets
     cancels: list[str] = field(default_factory=list)
+    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     seq: int = 0
 
     async def serve(self, group: asyncio.TaskGroup) -> None:
@@ -60,6 +61,7 @@ class Puppet:
 
     def _cancel(self, message: Message) -> None:
         self.cancels.append(decode(message.data, Cancel).request_id)
+        self.cancelled.set()
 
     async def _ping(self, _: bytes) -> bytes:
         return encode(Pong(self.record.incarnation))
@@ -158,6 +160,7 @@ async def test_a_lost_batch_ends_the_stream_instead_of_leaving_a_hole(nats: Nats
         await puppet.send(request, 2, lose=True)
         await puppet.send(request, 3)
         assert isinstance(await reader, WorkerLost)
+        await puppet.cancelled.wait()
     assert got == [1]
     assert puppet.cancels == [request.request_id]
 

@@ -6,6 +6,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerError
 from dynamo_lite.plane.wire import Incarnation, PushTarget, RequestId, Role, Sampling
@@ -274,7 +275,8 @@ async def test_blocks_evicted_by_later_prompts_leave_the_snapshot(engine: MakeEn
 async def test_a_context_that_does_not_fit_the_blocks_is_a_start_error(engine: MakeEngine) -> None:
     one = await engine(kv_blocks=8)
     config = one._spec.config.model_copy(update={"max_model_len": 129})
-    again = SimEngine(one._spec.model_copy(update={"config": config}), Role.DECODE, one._incarnation)
+    spec = one._spec.model_copy(update={"config": config})
+    again = SimEngine(spec, Role.DECODE, one._incarnation, CollectorRegistry())
     with pytest.raises(StartError, match="129 is over the 128 tokens"):
         await again.start()
 
