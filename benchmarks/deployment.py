@@ -57,7 +57,7 @@ class Deployment:
     run: dict[str, Any]
 
     def complete(self, token_ids: Sequence[int]) -> Answered:
-        """A few tokens after this prompt. With logprobs the first one is an event even if it ends inside a character."""
+        """A few tokens after this prompt. With logprobs each is an event, even one that ends inside a character."""
         address = urlsplit(self.run["frontend"])
         trace_id = secrets.token_hex(16)
         headers = {"Content-Type": "application/json", "traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-01"}
