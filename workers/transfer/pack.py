@@ -5,7 +5,7 @@ A piece holds, plane after plane, the rows of its blocks: `[planes][count][row_b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -30,7 +30,10 @@ class Copier:
     """Copies between planes and pieces, on a CUDA stream of its own; every call returns with the copy done."""
 
     def __init__(self, planes: Planes) -> None:
-        self._planes = planes
+        # Words of 8 bytes where rows divide into them: torch scatters element by element, 6 × slower with bytes.
+        self._word = torch.int64 if all(plane.shape[1] % 8 == 0 for plane in planes.planes) else torch.uint8
+        self._planes = [plane.view(self._word) for plane in planes.planes]
+        self._device = planes.device
         self.block_bytes = planes.block_bytes
         self._stream = torch.cuda.Stream(planes.device) if planes.device.type == "cuda" else None
 
@@ -40,27 +43,29 @@ class Copier:
             if self._stream is not None:
                 ready.before(self._stream)
             ids = self._index(block_ids)
-            offset, count = 0, len(block_ids)
-            for plane in self._planes.planes:
-                size = count * plane.shape[1]
-                torch.index_select(plane, 0, ids, out=piece[offset : offset + size].view(count, -1))
-                offset += size
+            for plane, part in zip(self._planes, self._parts(piece, len(block_ids)), strict=True):
+                torch.index_select(plane, 0, ids, out=part)
         self._wait()
-        return offset
+        return self.block_bytes * len(block_ids)
 
     def scatter(self, block_ids: Sequence[int], piece: torch.Tensor) -> None:
         """Copy a piece that `gather` made into the blocks' rows."""
         with self._on_stream():
             ids = self._index(block_ids)
-            offset, count = 0, len(block_ids)
-            for plane in self._planes.planes:
-                size = count * plane.shape[1]
-                plane.index_copy_(0, ids, piece[offset : offset + size].view(count, -1))
-                offset += size
+            for plane, part in zip(self._planes, self._parts(piece, len(block_ids)), strict=True):
+                plane.index_copy_(0, ids, part)
         self._wait()
 
+    def _parts(self, piece: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+        """The piece's bytes, as one `[count, row]` tensor of words per plane."""
+        offset = 0
+        for plane in self._planes:
+            size = count * plane.shape[1] * plane.element_size()
+            yield piece[offset : offset + size].view(self._word).view(count, -1)
+            offset += size
+
     def _index(self, block_ids: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(block_ids, dtype=torch.int64, device=self._planes.device)
+        return torch.tensor(block_ids, dtype=torch.int64, device=self._device)
 
     def _on_stream(self) -> torch.cuda.StreamContext | nullcontext[None]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
