@@ -107,7 +107,9 @@ def test_while_one_frontend_is_down_the_other_answers(running: Deployment) -> No
     pid = running.pid("frontend-0")
     running.kill("frontend-0")
     until(lambda: gone(pid), "frontend-0 is gone")
-    assert [answers(running) for _ in range(4)] == ["length"] * 4
+    for _ in range(4):
+        # A connection that the kernel had given to the dead one is reset; a client tries again, and so does this.
+        until(lambda: answers_now(running), "the other one answers", 5)
     until(lambda: running.restarted("frontend-0", starts + 1), "frontend-0 is back")
 
 
