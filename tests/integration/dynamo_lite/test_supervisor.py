@@ -66,7 +66,7 @@ def answers(deployment: Deployment) -> str:
 def answers_now(deployment: Deployment) -> bool:
     try:
         return answers(deployment) == "length"
-    except urllib.error.HTTPError:
+    except OSError:  # refused, reset, or an HTTP error
         return False
 
 
