@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ MakeSpec = Callable[[str, dict[str, object]], ProcessSpec]
 
 
 class Launched:
-    """A worker process with a status pipe, which nobody reads until it ends."""
+    """A worker process with a status pipe."""
 
     def __init__(self, spec: ProcessSpec, folder: Path) -> None:
         file = folder / "spec.json"
@@ -27,17 +28,28 @@ class Launched:
         command = [sys.executable, "-m", "dynamo_lite.process", str(file)]
         self.child = Child.start("worker", command, folder / "log", env=environment, pass_fds=(writing,))
         os.close(writing)
+        self._pipe = os.fdopen(self._status, "rb")
+        self._said: list[StatusLine] = []
+
+    def until(self, phase: str) -> None:
+        """Blocks until it has said so, or ended."""
+        for line in map(parse_line, self._pipe):
+            self._said.append(line)
+            if line.phase == phase:
+                return
 
     def phases(self) -> list[StatusLine]:
         """All it said, after its end."""
-        with os.fdopen(self._status, "rb") as pipe:
-            return [line for line in map(parse_line, pipe) if line.phase]
+        with self._pipe:
+            self._said += map(parse_line, self._pipe)
+        return [line for line in self._said if line.phase]
 
 
 async def test_a_worker_tells_its_phases_until_it_is_drained(fleet: Fleet, spec: MakeSpec, tmp_path: Path) -> None:
     launched = Launched(spec("decode-0", {}), tmp_path)
     async with running(launched.child, grace_s=10):
-        await fleet.record("decode-0")
+        await asyncio.to_thread(launched.until, "ready")
+        assert await fleet.record("decode-0")
         launched.child.signal(signal.SIGTERM)
         assert await launched.child.wait() == 0
     assert [line.phase for line in launched.phases()] == ["loading", "ready", "draining"]
