@@ -6,6 +6,7 @@ A streamed token costs one join of prepared bytes: all of an event but the text 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -41,7 +42,7 @@ def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
     }
 
 
-class Answer:
+class Answer(ABC):
     """One answer. Use either `event` for each piece and `last_events`, or `add` for each piece and `body`."""
 
     id_prefix: ClassVar[str]
@@ -97,14 +98,14 @@ class Answer:
         """An event before the first one of a choice."""
         return b""
 
-    def _text(self, text: str) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def _text(self, text: str) -> bytes: ...
 
-    def _whole_text(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _whole_text(self, text: str) -> dict[str, Any]: ...
 
-    def _scores(self, index: int, scored: Sequence[TokenLogprob]) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _scores(self, index: int, scored: Sequence[TokenLogprob]) -> dict[str, Any]: ...
 
 
 class ChatAnswer(Answer):
