@@ -23,6 +23,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "dynamo_lite.status",
         "dynamo_lite.tasks",
         "dynamo_lite.processes",
+        "dynamo_lite.rdma",
+        "dynamo_lite.transports",
         "kvbm",
     ),
     "dynamo_lite": ("kvbm.hashing", "kvbm.index", "kvbm.events"),
