@@ -22,6 +22,7 @@ class EngineInfo:
     kv_blocks: int
     max_model_len: int  # tokens
     max_num_seqs: int
+    agents: tuple[bytes, ...] = ()  # metadata of its transfer agents, by rank, for `meet`
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,7 @@ class EngineLoad:
     kv_used_blocks: int
     kv_total_blocks: int
     held_blocks: dict[str, int] = field(default_factory=dict)  # by reason: "push", "receive", "quarantine"
+    peers: dict[str, int] = field(default_factory=dict)  # workers KV may be exchanged with: "met", "meeting", "silent"
 
 
 class Engine(Protocol):
@@ -135,6 +137,10 @@ class Engine(Protocol):
         Raises PrefillFailed. Cancelling aborts it and releases its holds; when the cancelled call has ended, nothing
         more is written to the target.
         """
+        ...
+
+    def meet(self, incarnation: str, agents: tuple[bytes, ...]) -> None:
+        """KV may be exchanged with that worker: make contact before a request needs it. Returns at once."""
         ...
 
     def peer_gone(self, incarnation: str) -> None:

@@ -41,6 +41,7 @@ class WorkerMetrics:
         self.waiting = gauge("waiting", "Sequences queued in the engine")
         self.kv_used = gauge("kv_used_blocks", "Device KV blocks in use by sequences or holds")
         self.held_blocks = gauge("held_blocks", "Blocks held for a peer, by reason", "reason")
+        self.peers = gauge("peers", "Workers that KV may be exchanged with, by state of the contact", "state")
         self._hold_reasons: set[str] = set()
 
     def ended(self, outcome: str) -> None:
@@ -57,6 +58,8 @@ class WorkerMetrics:
         self._hold_reasons.update(load.held_blocks)
         for reason in self._hold_reasons:
             self.held_blocks.labels(reason).set(load.held_blocks.get(reason, 0))
+        for state, count in load.peers.items():
+            self.peers.labels(state).set(count)
 
 
 class SimMetrics:

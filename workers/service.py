@@ -59,7 +59,16 @@ def instance_record(spec: ProcessSpec, incarnation: Incarnation, info: EngineInf
         max_model_len=info.max_model_len,
         max_num_seqs=info.max_num_seqs,
         metrics_url=metrics_url,
+        agents=info.agents,
     )
+
+
+def exchanges_kv(one: InstanceRecord, other: InstanceRecord) -> bool:
+    """Whether one of them may push a prompt's KV to the other; routers pair no others."""
+    if {one.role, other.role} != {Role.PREFILL, Role.DECODE}:
+        return False
+    prefill, decode = (one, other) if one.role is Role.PREFILL else (other, one)
+    return decode.fingerprint.mismatch(prefill.fingerprint) is None
 
 
 class Service:
@@ -100,8 +109,11 @@ class Service:
             self._group.create_task(loop)
         await self._subscribe()
         membership = await discovery.membership(self._group)
-        membership.add_listener(self._heed)
         async with discovery.register(self._record):
+            # Only now, as those we meet can answer only once they can find us.
+            membership.add_listener(self._heed)
+            for record in membership.instances.values():
+                self._heed(record, None)
             phase("ready")
             failure = await self._served(stop)
         if failure is None:
@@ -174,5 +186,7 @@ class Service:
             self._serving.early_cancels.add(cancel)
 
     def _heed(self, added: InstanceRecord | None, removed: InstanceRecord | None) -> None:
+        if added is not None and exchanges_kv(added, self._record):
+            self._engine.meet(added.incarnation, added.agents)
         if removed is not None and added is None:
             self._engine.peer_gone(removed.incarnation)

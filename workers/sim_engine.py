@@ -157,6 +157,9 @@ class SimEngine:
         except WorkerError as error:
             raise PrefillFailed("engine", str(error)) from error
 
+    def meet(self, incarnation: str, agents: tuple[bytes, ...]) -> None:
+        """Nothing is ever connected here."""
+
     def peer_gone(self, incarnation: str) -> None:
         """Nothing is ever written here, so nothing is quarantined."""
 

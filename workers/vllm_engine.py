@@ -35,7 +35,9 @@ from workers.connector.protocol import (
     REQUEST_ID,
     Hello,
     Holds,
+    Meet,
     PeerGone,
+    Peers,
     PushEnded,
     Report,
     StopPush,
@@ -74,6 +76,7 @@ class VllmEngine:
         self._hellos: dict[int, Hello] = {}
         self._hello = asyncio.Event()
         self._holds: dict[int, dict[str, int]] = {}
+        self._peers: dict[int, dict[str, int]] = {}
         self._pushes: dict[str, Push] = {}
         self._stack = AsyncExitStack()
         self._llm: AsyncLLM | None = None
@@ -165,6 +168,7 @@ class VllmEngine:
             hello.kv_blocks,
             self._config.model_config.max_model_len,
             self._workers.max_num_seqs,
+            tuple(self._hellos[rank].agent for rank in range(self._ranks)),
         )
 
     def _fingerprint(self, hello: Hello) -> Fingerprint:
@@ -213,6 +217,8 @@ class VllmEngine:
                 self._hello.set()
             case Holds():
                 self._holds[report.rank] = report.blocks
+            case Peers():
+                self._peers[report.rank] = report.workers
             case PushEnded():
                 push = self._pushes.get(report.request_id)
                 if push is not None:
@@ -304,6 +310,9 @@ class VllmEngine:
         except TimeoutError:
             raise PrefillFailed("silent", "the transfer engine does not answer") from None
 
+    def meet(self, incarnation: str, agents: tuple[bytes, ...]) -> None:
+        self._channel.command(Meet(incarnation, agents))
+
     def peer_gone(self, incarnation: str) -> None:
         self._channel.command(PeerGone(incarnation))
 
@@ -323,8 +332,13 @@ class VllmEngine:
         for blocks in self._holds.values():  # every rank holds the same blocks
             for reason, count in blocks.items():
                 held[reason] = max(held.get(reason, 0), count)
+        peers: dict[str, int] = {}
+        for workers in self._peers.values():  # a worker is met once every rank has met it
+            for state, count in workers.items():
+                peers[state] = (min if state == "met" else max)(peers.get(state, count), count)
         stats = self._stats
-        return EngineLoad(stats.running, stats.waiting, round(stats.kv_usage * self._blocks), self._blocks, held)
+        used = round(stats.kv_usage * self._blocks)
+        return EngineLoad(stats.running, stats.waiting, used, self._blocks, held, peers)
 
 
 def sampling_params(sampling: Sampling, kv_transfer: dict[str, Any] | None) -> SamplingParams:

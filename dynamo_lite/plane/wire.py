@@ -70,6 +70,7 @@ class InstanceRecord(msgspec.Struct, frozen=True):
     max_model_len: int  # tokens
     max_num_seqs: int
     metrics_url: str = ""
+    agents: tuple[bytes, ...] = ()  # metadata of its transfer agents, by rank; none with the sim engine
     protocol: int = PROTOCOL
 
 

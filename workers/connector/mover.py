@@ -16,12 +16,15 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
+from workers.connector.contacts import Contacts
 from workers.connector.protocol import (
     Closed,
     Command,
     Credit,
     GiveUp,
+    Greeting,
     Holds,
+    Meet,
     Note,
     PeerGone,
     Piece,
@@ -75,6 +78,8 @@ class Mover:
         incoming = Staging(engine, settings.staging, slot_bytes, planes.device)
         self._sender = Sender(engine, outgoing, copier, settings, report)
         self._receiver = Receiver(engine, incoming, copier, settings, report)
+        self._contacts = Contacts(engine, settings.rank, settings.timeout_s, report)
+        self.agent = engine.metadata()  # for other workers; here, before the thread owns the engine
         self._notes = msgspec.msgpack.Decoder(Note)
         self._todo: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -186,14 +191,19 @@ class Mover:
     def _pause(self) -> float | None:
         if self._sender.moving:
             return _POLL_MOVING_S
-        return _POLL_WAITING_S if self._sender.active or self._receiver.active else None
+        return _POLL_WAITING_S if self._listening else None
+
+    @property
+    def _listening(self) -> bool:
+        return self._sender.active or self._receiver.active or self._contacts.active
 
     def _poll(self) -> None:
-        if self._sender.active or self._receiver.active:
+        if self._listening:
             for note in self._notifications():
                 self._note(note.peer, note.payload)
         self._sender.progress()
         self._receiver.expire()
+        self._contacts.expire()
         if self._sender.fresh or self._receiver.received:
             with self._ended_lock:
                 self._sent.update(self._sender.fresh)
@@ -223,6 +233,8 @@ class Mover:
                 self._sender.credit(note.transfer_id, note.slot)
             case Closed():
                 self._receiver.closed(note.transfer_id)
+            case Greeting():
+                self._contacts.greeting(peer, note)
 
     def _take(self, step: StepPlan, ready: Ready) -> None:
         for engine_id in step.cancelled_receives:
@@ -244,7 +256,10 @@ class Mover:
                 self._receiver.settle(command.transfer_id, command.peer, command.closed)
             case PeerGone():
                 self._receiver.peer_gone(command.incarnation)
+                self._contacts.forget(command.incarnation)
                 self._engine.disconnect(f"{command.incarnation}:{self._settings.rank}")
+            case Meet():
+                self._contacts.meet(command.incarnation, command.agents)
             case StopPush():
                 self._sender.stop(command.request_id)
 

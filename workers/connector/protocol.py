@@ -29,6 +29,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     kv_layout: str = ""
     device: str = ""
     backend: str = ""
+    agent: bytes = b""  # the transfer agent's metadata, for other workers
 
 
 class Skipped(msgspec.Struct, frozen=True, tag="skipped"):
@@ -85,7 +86,14 @@ class Holds(msgspec.Struct, frozen=True, tag="holds"):
     blocks: dict[str, int]
 
 
-Report = Hello | Skipped | ReceiveOpened | ReceiveEnded | PushEnded | Holds
+class Peers(msgspec.Struct, frozen=True, tag="peers"):
+    """Workers that one rank knows of, by state ("met", "meeting", "silent"); sent whenever it changes."""
+
+    rank: int
+    workers: dict[str, int]
+
+
+Report = Hello | Skipped | ReceiveOpened | ReceiveEnded | PushEnded | Holds | Peers
 
 # ---- worker process → connector -------------------------------------------------------------------------------
 
@@ -122,13 +130,20 @@ class PeerGone(msgspec.Struct, frozen=True, tag="peer_gone"):
     incarnation: str
 
 
+class Meet(msgspec.Struct, frozen=True, tag="meet"):
+    """KV may be exchanged with that worker: greet its agents before a request needs them. Idempotent."""
+
+    incarnation: str
+    agents: tuple[bytes, ...]  # metadata, by rank
+
+
 class StopPush(msgspec.Struct, frozen=True, tag="stop_push"):
     """The decode worker does not want this push any more."""
 
     request_id: str
 
 
-Command = Reopen | GiveUp | Settle | PeerGone | StopPush
+Command = Reopen | GiveUp | Settle | PeerGone | Meet | StopPush
 
 # ---- mover → mover, in transfer notifications ------------------------------------------------------------------
 
@@ -157,7 +172,13 @@ class Closed(msgspec.Struct, frozen=True, tag="closed", array_like=True):
     cause: str
 
 
-Note = Piece | Credit | Closed
+class Greeting(msgspec.Struct, frozen=True, tag="greeting", array_like=True):
+    """First contact: what an agent sends, and how the other answers it."""
+
+    answer: bool
+
+
+Note = Piece | Credit | Closed | Greeting
 
 # ---- scheduler → worker, through vLLM's step metadata ----------------------------------------------------------
 

@@ -48,6 +48,7 @@ class WorkerSide:
                 kv_layout=planes.layout,
                 device=planes.device.type,
                 backend=engine.backend,
+                agent=self._mover.agent,
             )
         )
 

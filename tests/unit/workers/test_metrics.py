@@ -16,6 +16,13 @@ def test_a_hold_reason_that_is_gone_reads_zero() -> None:
     assert registry.get_sample_value("dynamo_lite_worker_running") == 0
 
 
+def test_workers_met_are_counted_by_state() -> None:
+    registry = CollectorRegistry()
+    WorkerMetrics(Role.DECODE, registry).loaded(EngineLoad(0, 0, 0, 10, peers={"met": 2, "silent": 1}))
+    assert registry.get_sample_value("dynamo_lite_worker_peers", {"state": "met"}) == 2
+    assert registry.get_sample_value("dynamo_lite_worker_peers", {"state": "silent"}) == 1
+
+
 def test_transfers_add_up_bytes_and_seconds() -> None:
     registry = CollectorRegistry()
     metrics = WorkerMetrics(Role.DECODE, registry)

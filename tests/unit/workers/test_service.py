@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import pytest
+
+from dynamo_lite.plane.wire import Role
+from tests.instances import record
+from workers.service import exchanges_kv
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "may"),
+    [
+        (Role.PREFILL, Role.DECODE, True),
+        (Role.DECODE, Role.PREFILL, True),
+        (Role.PREFILL, Role.PREFILL, False),
+        (Role.DECODE, Role.DECODE, False),
+        (Role.PREFILL, Role.BOTH, False),
+    ],
+)
+def test_only_prefill_and_decode_workers_meet(one: Role, other: Role, may: bool) -> None:
+    assert exchanges_kv(record("one", one), record("other", other)) is may
+
+
+def test_workers_whose_kv_differs_do_not_meet() -> None:
+    assert not exchanges_kv(record("one", Role.PREFILL), record("other", Role.DECODE, dtype="float16"))
