@@ -25,15 +25,18 @@ class EngineInfo:
     agents: tuple[bytes, ...] = ()  # metadata of its transfer agents, by rank, for `meet`
 
 
+BACKEND = "nixl/UCX"  # the transfer engine of real workers, on traces
+
+
 @dataclass(frozen=True, slots=True)
 class TransferReport:
-    """One finished transfer into this engine, for the `kv.transfer` span and the metrics."""
+    """One finished transfer, for the `kv.transfer` span and the metrics."""
 
     bytes: int
     blocks: int
     pieces: int
-    backend: str  # "nixl/UCX", "sim"
-    started_ns: int  # unix time of the first piece's arrival
+    path: str  # dynamo_lite.transports.Path, or "sim"
+    started_ns: int  # unix time of the first piece
     ended_ns: int
 
 
@@ -65,6 +68,10 @@ class RemotePrefill(Protocol):
 
     def skipped(self, reason: str) -> None:
         """The engine computes locally and never asks; `reason` is recorded on the trace ("prefix hit", "short")."""
+        ...
+
+    def failed(self, cause: str) -> None:
+        """The attempt failed on this side, after `ask` had returned: "corrupt", "lost"."""
         ...
 
     def transferred(self, report: TransferReport) -> None:
@@ -107,12 +114,22 @@ class PrefillJob:
 
 
 @dataclass(frozen=True, slots=True)
+class Prefilled:
+    """A prompt that was computed and pushed."""
+
+    cached_tokens: int  # of the prompt, found in the prefill worker's own KV
+    transfer: TransferReport
+
+
+@dataclass(frozen=True, slots=True)
 class EngineLoad:
     running: int
     waiting: int
     kv_used_blocks: int
     kv_total_blocks: int
     held_blocks: dict[str, int] = field(default_factory=dict)  # by reason: "push", "receive", "quarantine"
+    held_bytes: int = 0  # of these blocks
+    staged_bytes: int = 0  # registered memory in use by pieces and grants
     peers: dict[str, int] = field(default_factory=dict)  # workers KV may be exchanged with: "met", "meeting", "silent"
 
 
@@ -131,8 +148,8 @@ class Engine(Protocol):
         """Stream one sequence. Closing the generator aborts it and frees its blocks. Raises WorkerError."""
         ...
 
-    async def prefill(self, job: PrefillJob) -> int:
-        """Compute and push; returns own cached prompt tokens when every piece is pushed.
+    async def prefill(self, job: PrefillJob) -> Prefilled:
+        """Compute and push; returns when every piece is pushed.
 
         Raises PrefillFailed. Cancelling aborts it and releases its holds; when the cancelled call has ended, nothing
         more is written to the target.

@@ -3,6 +3,9 @@
 TransferError
 ├── PeerLost          the peer's process or link is gone
 ├── TransferTimeout   our deadline passed
+├── Frozen            this process stood still for too long
+├── StaleIncarnation  the address is another process's by now
+├── Corrupt           the bytes that arrived are not those that were sent
 └── Mismatch          the two sides cannot exchange KV
 """
 
@@ -37,3 +40,15 @@ class Mismatch(TransferError):
     """The two sides cannot exchange KV; says which property differs."""
 
     cause = "mismatch"
+
+
+class StaleIncarnation(TransferError):
+    """What is at that address is not the process that was meant: it was restarted, or is another's."""
+
+    cause = "stale"
+
+
+class Corrupt(TransferError):
+    """A piece's bytes are not those that were sent."""
+
+    cause = "corrupt"

@@ -92,15 +92,17 @@ class Prefills:
         )
         metrics = self._serving.metrics
         try:
-            cached = await self._serving.engine.prefill(job)
+            done = await self._serving.engine.prefill(job)
         except DynamoError as error:
             cause = error.cause if isinstance(error, PrefillFailed) else error.kind
             log.warning("%s: %s", request.request_id, error)
             metrics.failures.labels(cause).inc()
+            metrics.transfer_failures.labels("out", cause).inc()
             span.set_attribute("outcome", cause)
             return PrefillReply(error=WireError.of(error), traceparent=traceparent(span))
         metrics.prompt_tokens.inc(len(request.token_ids))
-        metrics.hit_blocks.inc(cached // self._serving.block_size)
+        metrics.transferred("out", done.transfer)
+        metrics.hit_blocks.inc(done.cached_tokens // self._serving.block_size)
         span.set_attribute("outcome", "ok")
-        span.set_attribute("cached_tokens", cached)
-        return PrefillReply(cached, traceparent=traceparent(span))
+        span.set_attribute("cached_tokens", done.cached_tokens)
+        return PrefillReply(done.cached_tokens, traceparent=traceparent(span))

@@ -24,10 +24,12 @@ from workers.connector.protocol import (
     Skipped,
 )
 from workers.engine import RemotePrefill, TransferReport
+from workers.errors import Corrupt
 
 # Failures after which a candidate may still be writing: it has not said otherwise, and one that NATS cannot reach
 # is not therefore dead.
 _STAGING_PATIENCE = 20  # times the transfer's timeout: the connectors hand back what waits half as long
+_LOST = "lost"  # pieces that were sent and did not arrive
 _UNCERTAIN = ("silent", "gone", "protocol", "engine_died", IN_FLIGHT)
 
 
@@ -42,6 +44,7 @@ class Receive:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     unwanted: bool = False
     driven: bool = False
+    corrupt: bool = False  # a piece of the current attempt was not what was sent
     handed_back: bool = False  # it waited too long for staging, and is computed here
     local_blocks: int | None = None  # found on the device by the scheduler; None until a remote prefill was chosen
 
@@ -89,9 +92,17 @@ class Receives:
                     receive.handed_back = True
                     receive.changed.set()
             case ReceiveEnded():
-                if receive is not None and not report.cause and report.rank in receive.opened:
-                    receive.arrived[report.rank] = report
-                    receive.changed.set()
+                self._ended(receive, report)
+
+    @staticmethod
+    def _ended(receive: Receive | None, report: ReceiveEnded) -> None:
+        if receive is None or report.rank not in receive.opened:
+            return
+        if not report.cause:
+            receive.arrived[report.rank] = report
+        elif report.cause == Corrupt.cause and report.transfer_id == receive.opened[report.rank].transfer_id:
+            receive.corrupt = True
+        receive.changed.set()
 
     def _opened(self, receive: Receive | None, report: ReceiveOpened) -> None:
         if receive is None:  # aborted in the meantime: nobody was asked, so nobody will write
@@ -132,9 +143,13 @@ class Receives:
         # Every piece has been written; what is left is to scatter the last ones.
         try:
             async with asyncio.timeout(self._timeout_s):
-                while len(receive.arrived) < self._ranks and not receive.unwanted:
+                while len(receive.arrived) < self._ranks and not (receive.unwanted or receive.corrupt):
                     await self._change(receive)
         except TimeoutError:
+            receive.remote.failed(_LOST)
+            return self._failed(receive, transfer_id, closed=True)
+        if receive.corrupt:
+            receive.remote.failed(Corrupt.cause)
             return self._failed(receive, transfer_id, closed=True)
         if len(receive.arrived) == self._ranks:
             receive.remote.transferred(_summary(list(receive.arrived.values())))
@@ -160,6 +175,7 @@ class Receives:
         partly = bool(receive.arrived)  # a rank that has all of its blocks will not open again
         receive.opened.clear()
         receive.arrived.clear()
+        receive.corrupt = False
         if receive.remote.more and not partly:
             self._command(Reopen(receive.request_id, transfer_id))
             return False
@@ -182,7 +198,7 @@ def _summary(ends: Sequence[ReceiveEnded]) -> TransferReport:
         bytes=sum(end.bytes for end in ends),
         blocks=ends[0].blocks,
         pieces=sum(end.pieces for end in ends),
-        backend="nixl/UCX",
+        path=ends[0].path,
         started_ns=min(end.started_ns for end in ends),
         ended_ns=max(end.ended_ns for end in ends),
     )

@@ -22,7 +22,7 @@ from dynamo_lite.plane.wire import (
     encode,
 )
 from dynamo_lite.telemetry import AttributeValue, record_span
-from workers.engine import TransferReport
+from workers.engine import BACKEND, TransferReport
 from workers.metrics import WorkerMetrics
 
 log = logging.getLogger(__name__)
@@ -94,6 +94,8 @@ class CandidatePrefill:
         finally:
             self._asking = False
             self._plane.metrics.remote_prefills.labels(outcome).inc()
+            if outcome not in ("ok", "cancelled"):
+                self._plane.metrics.transfer_failures.labels("in", outcome).inc()
             if outcome in ("silent", "cancelled"):
                 await self._cancel(worker)  # one that is only frozen drops the request when it wakes up
         self.reason = REMOTE
@@ -108,13 +110,18 @@ class CandidatePrefill:
     def skipped(self, reason: str) -> None:
         self.reason = reason
 
+    def failed(self, cause: str) -> None:
+        self.reason = PREFILL_FAILED
+        self._plane.metrics.transfer_failures.labels("in", cause).inc()
+
     def transferred(self, report: TransferReport) -> None:
-        self._plane.metrics.arrived(report)
+        self._plane.metrics.transferred("in", report)
         attributes: dict[str, AttributeValue] = {
             "bytes": report.bytes,
             "blocks": report.blocks,
             "pieces": report.pieces,
-            "backend": report.backend,
+            "backend": "sim" if report.path == "sim" else BACKEND,
+            "path": report.path,
             "seconds": (report.ended_ns - report.started_ns) / 1e9,
         }
         record_span("kv.transfer", self._span, report.started_ns, report.ended_ns, attributes)

@@ -13,11 +13,12 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from dynamo_lite.config import ProcessSpec
 from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerError
+from dynamo_lite.plane.layout import KvLayout
 from dynamo_lite.plane.wire import Fingerprint, Incarnation, PushTarget, Role, Sampling
 from kvbm.events import KvEvent, Tier
 from kvbm.ledger import BlockLedger
 from kvbm.pool import BlockPool
-from workers.engine import EngineInfo, EngineLoad, Job, Output, PrefillJob, RemotePrefill, TransferReport
+from workers.engine import EngineInfo, EngineLoad, Job, Output, Prefilled, PrefillJob, RemotePrefill, TransferReport
 from workers.metrics import SimMetrics
 from workers.sim_pace import Pace
 from workers.sim_scheduler import Scheduler, Sequence, Step
@@ -74,19 +75,18 @@ class SimEngine:
             )
         longest = config.max_model_len or min(self._shape.max_model_len, capacity)
         self._scheduler.max_model_len = self._max_model_len = longest
-        value_bytes = 4 if config.dtype == "float32" else 2
-        fingerprint = Fingerprint(
-            model=config.model,
-            revision=config.revision or "",
-            dtype=config.dtype,
-            kv_dtype=config.kv_cache_dtype,
-            kv_layout=BACKEND,
+        layout = KvLayout(
+            layers=1,
             block_size=self._block_size,
-            block_bytes=self._shape.kv_values * value_bytes * self._block_size,
+            kv_heads=1,
             tensor_parallel=1,
-            engine=BACKEND,
-            device=BACKEND,
+            key_size=self._shape.kv_values,  # over all layers
+            value_size=0,
+            dtype="float32" if config.dtype == "float32" else "bfloat16",
+            keys="NHD",
+            values="NHD",
         )
+        fingerprint = Fingerprint(config.model, config.revision or "", BACKEND, layout)
         self._block_bytes = fingerprint.block_bytes
         # The engine outlives every task group of the worker, as a real one (a process) does; close() ends it.
         self._loop = asyncio.get_running_loop().create_task(self._guarded())
@@ -137,7 +137,7 @@ class SimEngine:
                 if item.finish:
                     return
 
-    async def prefill(self, job: PrefillJob) -> int:
+    async def prefill(self, job: PrefillJob) -> Prefilled:
         sequence = Sequence(job.request_id, list(job.token_ids), _PROMPT_ONLY, None, job.cache_salt)
         end = job.target.first_block + job.target.num_blocks
         if end != -(-len(job.token_ids) // self._block_size):
@@ -147,9 +147,11 @@ class SimEngine:
                 with self._enrolled(sequence) as inbox:
                     await self._take(inbox)
                     self._count_prompt(sequence, 0)
-                    with self._held("push", job.target.num_blocks):
-                        await asyncio.sleep(self._pace.transfer_s(job.target.num_blocks))
-                    return sequence.cached or 0
+                    blocks, started = job.target.num_blocks, time.time_ns()
+                    with self._held("push", blocks):
+                        await asyncio.sleep(self._pace.transfer_s(blocks))
+                    moved = TransferReport(blocks * self._block_bytes, blocks, 1, BACKEND, started, time.time_ns())
+                    return Prefilled(sequence.cached or 0, moved)
         except TimeoutError:
             raise PrefillFailed("deadline", f"not done within {job.timeout_s:.3g} s") from None
         except RequestError as error:

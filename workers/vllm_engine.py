@@ -42,7 +42,7 @@ from workers.connector.protocol import (
     Report,
     StopPush,
 )
-from workers.engine import EngineInfo, EngineLoad, Job, Output, PrefillJob
+from workers.engine import EngineInfo, EngineLoad, Job, Output, Prefilled, PrefillJob, TransferReport
 from workers.kv_feed import KvFeed
 from workers.receives import Receives
 from workers.vllm_stats import EngineStats, stat_logger
@@ -57,7 +57,7 @@ _CPU_KV_CACHE = 512 * 2**20
 class Push:
     """A prompt being computed for a decode worker: which ranks have ended, and how."""
 
-    causes: dict[int, str] = field(default_factory=dict)
+    ends: dict[int, PushEnded] = field(default_factory=dict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -75,14 +75,14 @@ class VllmEngine:
         self._stats = EngineStats()
         self._hellos: dict[int, Hello] = {}
         self._hello = asyncio.Event()
-        self._holds: dict[int, dict[str, int]] = {}
+        self._holds: dict[int, Holds] = {}
         self._peers: dict[int, dict[str, int]] = {}
         self._pushes: dict[str, Push] = {}
         self._stack = AsyncExitStack()
         self._llm: AsyncLLM | None = None
         self._feed: KvFeed | None = None
         self._receives: Receives | None = None
-        self._blocks = 0
+        self._blocks = self._block_bytes = 0
 
     # ---- life ----
 
@@ -163,6 +163,7 @@ class VllmEngine:
         self._feed = KvFeed(self._channel.endpoint("events"), self._channel.endpoint("replay"))
         hello = self._hellos[0]
         self._blocks = hello.kv_blocks
+        self._block_bytes = hello.block_bytes * self._ranks
         return EngineInfo(
             self._fingerprint(hello),
             hello.kv_blocks,
@@ -216,13 +217,13 @@ class VllmEngine:
                 self._hellos[report.rank] = report
                 self._hello.set()
             case Holds():
-                self._holds[report.rank] = report.blocks
+                self._holds[report.rank] = report
             case Peers():
                 self._peers[report.rank] = report.workers
             case PushEnded():
                 push = self._pushes.get(report.request_id)
                 if push is not None:
-                    push.causes[report.rank] = report.cause
+                    push.ends[report.rank] = report
                     push.changed.set()
             case _:
                 assert self._receives is not None, "a receive was opened before the engine was started"
@@ -265,7 +266,7 @@ class VllmEngine:
 
     # ---- prefill ----
 
-    async def prefill(self, job: PrefillJob) -> int:
+    async def prefill(self, job: PrefillJob) -> Prefilled:
         push = self._pushes[job.request_id] = Push()
         cached = 0
         try:
@@ -285,17 +286,17 @@ class VllmEngine:
         except ValueError as error:
             raise PrefillFailed("refused", str(error)) from error
         finally:
-            if len(push.causes) < self._ranks:
+            if len(push.ends) < self._ranks:
                 await self._stop(job.request_id, push)
             self._pushes.pop(job.request_id, None)
-        cause = next((cause for cause in push.causes.values() if cause), "")
+        cause = next((end.cause for end in push.ends.values() if end.cause), "")
         if cause:
             raise PrefillFailed(cause)
-        return cached
+        return Prefilled(cached, _summary(job.target.num_blocks, list(push.ends.values())))
 
     async def _pushed(self, push: Push) -> None:
         """Until every rank has ended."""
-        while len(push.causes) < self._ranks:
+        while len(push.ends) < self._ranks:
             await push.changed.wait()
             push.changed.clear()
 
@@ -329,8 +330,8 @@ class VllmEngine:
 
     def load(self) -> EngineLoad:
         held: dict[str, int] = {}
-        for blocks in self._holds.values():  # every rank holds the same blocks
-            for reason, count in blocks.items():
+        for holds in self._holds.values():  # every rank holds the same blocks
+            for reason, count in holds.blocks.items():
                 held[reason] = max(held.get(reason, 0), count)
         peers: dict[str, int] = {}
         for workers in self._peers.values():  # a worker is met once every rank has met it
@@ -338,7 +339,23 @@ class VllmEngine:
                 peers[state] = (min if state == "met" else max)(peers.get(state, count), count)
         stats = self._stats
         used = round(stats.kv_usage * self._blocks)
-        return EngineLoad(stats.running, stats.waiting, used, self._blocks, held, peers)
+        held_bytes = sum(held.values()) * self._block_bytes
+        staged = sum(holds.staged for holds in self._holds.values())
+        return EngineLoad(
+            stats.running, stats.waiting, used, self._blocks, held, held_bytes, staged, peers
+        )  # fmt: skip
+
+
+def _summary(blocks: int, ends: list[PushEnded]) -> TransferReport:
+    """Of all ranks."""
+    return TransferReport(
+        bytes=sum(end.bytes for end in ends),
+        blocks=blocks,
+        pieces=sum(end.pieces for end in ends),
+        path=ends[0].path,
+        started_ns=min(end.started_ns for end in ends),
+        ended_ns=max(end.ended_ns for end in ends),
+    )
 
 
 def sampling_params(sampling: Sampling, kv_transfer: dict[str, Any] | None) -> SamplingParams:

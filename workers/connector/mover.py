@@ -1,7 +1,7 @@
 """The mover: one thread per rank that owns the transfer engine, the staging and both halves of every transfer.
 
 vLLM's own thread only leaves plans here and collects what ended, so a transfer never delays an engine step. Nothing
-else calls NIXL. While idle the thread sleeps; while transfers are open it polls.
+else calls NIXL. While idle the thread sleeps; while transfers are open it polls, the more often the more is moving.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
+from dynamo_lite.processes import wake_precisely
 from workers.connector.contacts import Contacts
 from workers.connector.protocol import (
     Closed,
@@ -28,6 +29,7 @@ from workers.connector.protocol import (
     Note,
     PeerGone,
     Piece,
+    Refused,
     Reopen,
     Report,
     Settle,
@@ -39,13 +41,16 @@ from workers.connector.receive import Receiver
 from workers.connector.settings import MoverSettings
 from workers.connector.staging import Staging
 from workers.errors import TransferError
-from workers.transfer.engine import Notification, TransferEngine
+from workers.transfer.engine import Notification, PeerEngine
 from workers.transfer.layout import Planes
-from workers.transfer.pack import Copier, Ready
+from workers.transfer.pack import Copier
+from workers.transfer.ready import Ready
 
 _log = logging.getLogger(__name__)
-_POLL_MOVING_S = 0.0002
+_POLL_MOVING_S = 0.00002
 _POLL_WAITING_S = 0.001
+_MOVING_S = 0.002  # after the last piece, credit or write: more are likely to come
+_LINGER_S = 0.1  # after the last transfer: a notification may still wait in UCX for somebody to poll
 _JOIN_TIMEOUT_S = 5.0
 
 
@@ -63,7 +68,7 @@ class Mover:
 
     def __init__(
         self,
-        engine: TransferEngine,
+        engine: PeerEngine,
         planes: Planes,
         settings: MoverSettings,
         report: Callable[[Report], None],
@@ -76,6 +81,7 @@ class Mover:
         self._device = planes.device
         outgoing = Staging(engine, settings.staging, slot_bytes, planes.device)
         incoming = Staging(engine, settings.staging, slot_bytes, planes.device)
+        self._stagings = (outgoing, incoming)
         self._sender = Sender(engine, outgoing, copier, settings, report)
         self._receiver = Receiver(engine, incoming, copier, settings, report)
         self._contacts = Contacts(engine, settings.rank, settings.timeout_s, report)
@@ -93,7 +99,8 @@ class Mover:
         self._invalid: set[int] = set()
         self._stopped = False
         self._changed = threading.Event()
-        self._held: dict[str, int] = {}
+        self._held = Holds(settings.rank, {})
+        self._moved = 0.0  # when anything last did
         self._thread = threading.Thread(target=self._live, name="dynamo-lite-mover", daemon=True)
         self._thread.start()
 
@@ -158,6 +165,7 @@ class Mover:
 
     def _live(self) -> None:
         try:
+            wake_precisely()
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)  # a new thread starts on device 0, whatever its rank
             self._run()
@@ -189,19 +197,18 @@ class Mover:
         self._engine.close()
 
     def _pause(self) -> float | None:
-        if self._sender.moving:
-            return _POLL_MOVING_S
-        return _POLL_WAITING_S if self._listening else None
-
-    @property
-    def _listening(self) -> bool:
-        return self._sender.active or self._receiver.active or self._contacts.active
+        quiet_s = time.monotonic() - self._moved
+        if not (self._sender.active or self._receiver.active or self._contacts.active or quiet_s < _LINGER_S):
+            return None
+        return _POLL_MOVING_S if quiet_s < _MOVING_S else _POLL_WAITING_S
 
     def _poll(self) -> None:
-        if self._listening:
+        if self._pause() is not None:
             for note in self._notifications():
                 self._note(note.peer, note.payload)
-        self._sender.progress()
+                self._moved = time.monotonic()
+        if self._sender.progress() or self._sender.moving:
+            self._moved = time.monotonic()
         self._receiver.expire()
         self._contacts.expire()
         if self._sender.fresh or self._receiver.received:
@@ -231,6 +238,8 @@ class Mover:
                 self._receiver.piece(peer, note)
             case Credit():
                 self._sender.credit(note.transfer_id, note.slot)
+            case Refused():
+                self._sender.refused(note.transfer_id, note.cause)
             case Closed():
                 self._receiver.closed(note.transfer_id)
             case Greeting():
@@ -256,15 +265,16 @@ class Mover:
                 self._receiver.settle(command.transfer_id, command.peer, command.closed)
             case PeerGone():
                 self._receiver.peer_gone(command.incarnation)
+                self._sender.lost(f"{command.incarnation}:{self._settings.rank}")
                 self._contacts.forget(command.incarnation)
-                self._engine.disconnect(f"{command.incarnation}:{self._settings.rank}")
             case Meet():
                 self._contacts.meet(command.incarnation, command.agents)
             case StopPush():
                 self._sender.stop(command.request_id)
 
     def _tell_holds(self) -> None:
-        held = self._sender.holds() | self._receiver.holds()
-        if held != self._held:
-            self._held = held
-            self._report(Holds(self._settings.rank, held))
+        staged = sum(staging.used for staging in self._stagings)
+        holds = Holds(self._settings.rank, self._sender.holds() | self._receiver.holds(), staged)
+        if holds != self._held:
+            self._held = holds
+            self._report(holds)

@@ -63,6 +63,7 @@ class ReceiveEnded(msgspec.Struct, frozen=True, tag="received"):
     bytes: int = 0
     blocks: int = 0
     pieces: int = 0
+    path: str = ""  # dynamo_lite.transports.Path
     started_ns: int = 0  # unix time of the first piece
     ended_ns: int = 0
 
@@ -77,13 +78,19 @@ class PushEnded(msgspec.Struct, frozen=True, tag="pushed"):
     transfer_id: int
     rank: int
     cause: str = ""
+    bytes: int = 0
+    pieces: int = 0
+    path: str = ""  # dynamo_lite.transports.Path
+    started_ns: int = 0  # unix time of the first piece
+    ended_ns: int = 0
 
 
 class Holds(msgspec.Struct, frozen=True, tag="holds"):
-    """Blocks held on one rank, by reason; sent whenever it changes."""
+    """Blocks held on one rank, by reason, and staging in use; sent whenever it changes."""
 
     rank: int
     blocks: dict[str, int]
+    staged: int = 0  # bytes
 
 
 class Peers(msgspec.Struct, frozen=True, tag="peers"):
@@ -156,6 +163,7 @@ class Piece(msgspec.Struct, frozen=True, tag="piece", array_like=True):
     first: int
     count: int
     agent: bytes = b""  # the sender's metadata, in a transfer's first piece: where credits go
+    checksum: int | None = None  # of the piece, with kv_transfer.verify
 
 
 class Credit(msgspec.Struct, frozen=True, tag="credit", array_like=True):
@@ -172,13 +180,20 @@ class Closed(msgspec.Struct, frozen=True, tag="closed", array_like=True):
     cause: str
 
 
+class Refused(msgspec.Struct, frozen=True, tag="refused", array_like=True):
+    """The receiver cannot use what it got: the sender is to end the transfer."""
+
+    transfer_id: int
+    cause: str
+
+
 class Greeting(msgspec.Struct, frozen=True, tag="greeting", array_like=True):
     """First contact: what an agent sends, and how the other answers it."""
 
     answer: bool
 
 
-Note = Piece | Credit | Closed | Greeting
+Note = Piece | Credit | Closed | Refused | Greeting
 
 # ---- scheduler → worker, through vLLM's step metadata ----------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """The sending half of the mover: gathers blocks that are computed into pieces and writes them to the decode worker.
 
 At most one piece per granted slot is on its way; a slot is used again when the receiver credits it. Pieces of the
-earlier parts of a prompt leave while later parts still compute.
+earlier parts of a prompt leave while later parts still compute. Where the receiver's staging can be addressed from
+here, on one host, a piece is gathered straight into it, and the write is only its notification.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import msgspec
+import torch
 
 from workers.connector.protocol import IN_FLIGHT, Closed, Piece, PushEnded, PushStep, Report
 from workers.connector.settings import MoverSettings
 from workers.connector.staging import Staging
-from workers.errors import Frozen, PeerLost, TransferError
-from workers.transfer.engine import Memory, TransferEngine, Write
-from workers.transfer.pack import Copier, Ready
+from workers.errors import Frozen, PeerLost, TransferError, TransferTimeout
+from workers.transfer.checksum import checksum
+from workers.transfer.engine import Memory, PeerEngine, Spans, Target, Transfer
+from workers.transfer.pack import Copier
+from workers.transfer.ready import Ready
 
 _STOPPED_KEPT = 4096
 _notes = msgspec.msgpack.Encoder()
@@ -29,16 +33,18 @@ _notes = msgspec.msgpack.Encoder()
 class Flight:
     """One piece on its way."""
 
-    write: Write
+    write: Transfer
     local_slot: int
     count: int
 
 
-def _ended(write: Write) -> bool:
+def _ended(write: Transfer) -> bool:
     """Whether a write is over, well or badly, and released."""
     try:
         if write.poll() == "pending":
             return False
+    except TransferTimeout:
+        return False  # late, but under way
     except TransferError:
         pass  # over, badly: the push has failed already
     try:
@@ -55,11 +61,8 @@ class Push:
     engine_id: str
     request_id: str
     transfer_id: int
-    peer: str  # agent name
-    address: int
-    device: int
-    memory: Memory
-    stride: int  # bytes from one granted slot to the next index
+    target: Target  # the receiver's staging
+    slot_bytes: int  # of the receiver's slots
     piece_bytes: int  # largest piece that fits both sides' slots
     blocks: int  # all there will be
     free_slots: deque[int]
@@ -69,22 +72,27 @@ class Push:
     written: int = 0
     introduced: bool = False
     waiting_since: float = field(default_factory=time.monotonic)  # last progress
+    pieces: int = 0
+    started_ns: int = 0  # unix time of the first piece
 
 
 class Sender:
     """Used by the mover's thread alone."""
 
     def __init__(
-        self, engine: TransferEngine, staging: Staging, copier: Copier, settings: MoverSettings,
+        self, engine: PeerEngine, staging: Staging, copier: Copier, settings: MoverSettings,
         report: Callable[[Report], None],
     ) -> None:  # fmt: skip
         self._engine, self._staging, self._copier = engine, staging, copier
-        self._rank, self._timeout_s, self._report = settings.rank, settings.timeout_s, report
+        self._rank, self._timeout_s, self._verify = settings.rank, settings.timeout_s, settings.verify
+        self._report = report
         self._pushes: dict[int, Push] = {}  # by transfer id
         self._closing: list[tuple[Push, str]] = []  # failed, but a write could not be given up yet
         self._ended: set[str] = set()  # engine ids of pushes that need their blocks no more
         self._stopped: OrderedDict[str, None] = OrderedDict()  # request ids the receiver gave up on, the latest ones
         self._preempted: set[str] = set()  # engine ids whose steps may still come, but must not be read any more
+        # Peers that a write was completed to: only a wired connection carries a notification while nobody polls.
+        self._reached: set[str] = set()
         self.fence = 0.0  # nothing is written after this time: the mover moves it on while it runs
         self.fresh: list[str] = []  # those that ended since the mover last looked
 
@@ -118,9 +126,11 @@ class Sender:
         target = step.target.ranks[self._rank]
         if target.slot_bytes < self._copier.block_bytes:
             raise TransferError("the receiver's slots are smaller than one block")
+        size = (max(target.slots, default=0) + 1) * target.slot_bytes
+        peer = self._engine.connect(target.agent)
         push = Push(
             step.engine_id, step.request_id, step.target.transfer_id,
-            self._engine.connect(target.agent), target.address, target.device, cast(Memory, target.memory),
+            Target(peer, size, target.address, target.device, cast(Memory, target.memory)),
             target.slot_bytes, min(target.slot_bytes, self._staging.slot_bytes), step.target.num_blocks,
             deque(target.slots), frozenset(target.slots),
         )  # fmt: skip
@@ -132,6 +142,12 @@ class Sender:
         if push is not None and slot in push.granted and slot not in push.free_slots:
             push.free_slots.append(slot)
             push.waiting_since = time.monotonic()
+
+    def refused(self, transfer_id: int, cause: str) -> None:
+        """The receiver cannot use what it got."""
+        push = self._pushes.get(transfer_id)
+        if push is not None:
+            self._fail(push, cause)
 
     def cancel(self, engine_id: str, cause: str) -> bool:
         """False when no push of that request is open."""
@@ -181,19 +197,20 @@ class Sender:
                 flight.write.close()
                 push.flights.remove(flight)
                 push.written += flight.count
+                self._reached.add(push.target.where)
                 self._staging.give(flight.local_slot)
                 moved = True
-        while push.queue and push.free_slots and self._staging.free:
+        while push.queue and push.free_slots and self._staging.free and push.queue[0][2].passed:
             self._post(push)
             moved = True
         if push.written == push.blocks:
             del self._pushes[push.transfer_id]
-            self._finish(push.engine_id, push.request_id, push.transfer_id, "")
+            self._finish(push.engine_id, push.request_id, push.transfer_id, "", push)
             return True
         if moved:
             push.waiting_since = time.monotonic()
         elif push.queue and push.free_slots and not push.flights:
-            push.waiting_since = time.monotonic()  # it waits for our own staging, not for the receiver
+            push.waiting_since = time.monotonic()  # it waits for our own staging or the GPU, not for the receiver
         elif (push.queue or push.flights) and time.monotonic() - push.waiting_since > self._timeout_s:
             self._fail(push, "receiver_silent")
         return moved
@@ -204,25 +221,42 @@ class Sender:
         count = min(len(ids), max(1, push.piece_bytes // self._copier.block_bytes))
         if count < len(ids):
             push.queue.appendleft((first + count, ids[count:], ready))
+        if time.monotonic() > self.fence:
+            raise Frozen("this process stood still; the receiver may use its slots for others by now")
+        push.started_ns = push.started_ns or time.time_ns()
+        slot = push.free_slots.popleft()
+        offset, size = slot * push.slot_bytes, count * self._copier.block_bytes
+        reached = push.target.where in self._reached
+        window = self._engine.window(push.target, offset, size) if reached else None
+        if window is not None:
+            self._copier.gather(ids[:count], window, ready)
+            self._engine.notify(push.target.where, self._note(push, slot, first, count, window))
+            push.written += count
+        else:
+            self._write(push, slot, first, ids[:count], ready)
+        push.introduced = True
+        push.pieces += 1
+
+    def _write(self, push: Push, slot: int, first: int, ids: list[int], ready: Ready) -> None:
+        """Gather a piece into a slot of our own, and write that."""
         (local_slot,) = self._staging.take(1)
-        remote_slot = push.free_slots.popleft()
-        size = self._copier.gather(ids[:count], self._staging.bytes_of(local_slot), ready)
-        agent = b"" if push.introduced else self._engine.metadata()
-        note = _notes.encode(Piece(push.transfer_id, remote_slot, first, count, agent))
+        piece = self._staging.bytes_of(local_slot)
         try:
-            if time.monotonic() > self.fence:
-                raise Frozen("this process stood still; the receiver may use its slots for others by now")
+            size = self._copier.gather(ids, piece, ready)
             write = self._engine.write(
-                push.peer,
-                (self._staging.region, local_slot * self._staging.slot_bytes, size),
-                (push.address + remote_slot * push.stride, push.device, push.memory),
-                note,
-            )
+                self._staging.region, Spans.one(local_slot * self._staging.slot_bytes, size),
+                push.target, Spans.one(slot * push.slot_bytes, size),
+                time.monotonic() + self._timeout_s, self._note(push, slot, first, len(ids), piece[:size]),
+            )  # fmt: skip
         except TransferError:
             self._staging.give(local_slot)
             raise
-        push.introduced = True
-        push.flights.append(Flight(write, local_slot, count))
+        push.flights.append(Flight(write, local_slot, len(ids)))
+
+    def _note(self, push: Push, slot: int, first: int, count: int, piece: torch.Tensor) -> bytes:
+        agent = b"" if push.introduced else self._engine.metadata()
+        total = checksum(piece) if self._verify else None
+        return _notes.encode(Piece(push.transfer_id, slot, first, count, agent, total))
 
     def _fail(self, push: Push, cause: str) -> None:
         """End a push early. Its blocks are free at once: writes read staging.
@@ -250,21 +284,35 @@ class Sender:
             if not push.flights:
                 self._closing.remove((push, cause))
                 if cause == PeerLost.cause:
-                    self._engine.disconnect(push.peer)  # or its next push would meet the broken connection again
+                    self.lost(push.target.where)  # or its next push would meet the broken connection again
                 else:
                     self._say_closed(push, cause)
                 moved = True
         return moved
 
+    def lost(self, peer: str) -> None:
+        self._reached.discard(peer)
+        self._engine.disconnect(peer)
+
     def _say_closed(self, push: Push, cause: str) -> None:
         try:
-            self._engine.notify(push.peer, _notes.encode(Closed(push.transfer_id, cause)))
+            self._engine.notify(push.target.where, _notes.encode(Closed(push.transfer_id, cause)))
         except TransferError:
             return  # the receiver is gone, and with it what it would have done with this
 
-    def _finish(self, engine_id: str, request_id: str, transfer_id: int, cause: str) -> None:
+    def _finish(self, engine_id: str, request_id: str, transfer_id: int, cause: str, push: Push | None = None) -> None:
+        """`push`: the one that was wholly written."""
         self._release(engine_id)
-        self._report(PushEnded(request_id, transfer_id, self._rank, cause))
+        if push is None:
+            self._report(PushEnded(request_id, transfer_id, self._rank, cause))
+            return
+        self._report(
+            PushEnded(
+                request_id, transfer_id, self._rank,
+                bytes=push.blocks * self._copier.block_bytes, pieces=push.pieces,
+                path=self._engine.path(push.target.where), started_ns=push.started_ns, ended_ns=time.time_ns(),
+            )
+        )  # fmt: skip
 
     @property
     def active(self) -> bool:

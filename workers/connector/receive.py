@@ -12,14 +12,29 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from dynamo_lite.plane.wire import RankTarget
-from workers.connector.protocol import NO_STAGING, Credit, Piece, ReceiveEnded, ReceiveOpened, ReceivePlan, Report
+from workers.connector.protocol import (
+    NO_STAGING,
+    Credit,
+    Note,
+    Piece,
+    ReceiveEnded,
+    ReceiveOpened,
+    ReceivePlan,
+    Refused,
+    Report,
+)
 from workers.connector.settings import MoverSettings
 from workers.connector.staging import Staging
-from workers.errors import TransferError
-from workers.transfer.engine import TransferEngine
+from workers.errors import Corrupt, TransferError
+from workers.transfer.checksum import checksum
+from workers.transfer.engine import PeerEngine
 from workers.transfer.pack import Copier
+from workers.transfer.ready import Ready
 
 _GONE_KEPT = 1024
 _STAGING_PATIENCE = 10  # times the transfer's timeout: longer than a quarantine lasts whose owner is really gone
@@ -33,8 +48,9 @@ class Receive:
     plan: ReceivePlan
     transfer_id: int
     slots: tuple[int, ...]
-    arrived: set[int] = field(default_factory=set)  # indices of blocks that were scattered
+    arrived: NDArray[np.bool_]  # [blocks]: scattered
     sender: str = ""  # agent name, from the first piece
+    corrupt: bool = False
     uncredited: list[int] = field(default_factory=list)  # slots emptied before the sender was known
     pieces: int = 0
     started_ns: int = 0
@@ -52,11 +68,12 @@ class Receiver:
     """Used by the mover's thread alone."""
 
     def __init__(
-        self, engine: TransferEngine, staging: Staging, copier: Copier, settings: MoverSettings,
+        self, engine: PeerEngine, staging: Staging, copier: Copier, settings: MoverSettings,
         report: Callable[[Report], None],
     ) -> None:  # fmt: skip
         self._engine, self._staging, self._copier = engine, staging, copier
         self._rank, self._window, self._report = settings.rank, settings.window, report
+        self._proof = torch.empty_like(staging.bytes_of(0)) if settings.verify else None  # blocks read back
         self._patience_s = settings.timeout_s * _STAGING_PATIENCE
         self._waiting: deque[tuple[ReceivePlan, float]] = deque()  # with the time at which it is handed back
         self._open: dict[int, Receive] = {}  # by transfer id
@@ -146,24 +163,39 @@ class Receiver:
     def piece(self, sender: str, piece: Piece) -> None:
         """Scatter one piece; ignore what is of another generation or out of bounds."""
         receive = self._open.get(piece.transfer_id)
-        if receive is None or piece.slot not in receive.slots:
+        if receive is None or receive.corrupt or piece.slot not in receive.slots:
             return
-        total = len(receive.plan.block_ids)
-        if not (piece.first >= 0 and piece.count > 0 and piece.first + piece.count <= total):
+        if not (piece.first >= 0 and piece.count > 0 and piece.first + piece.count <= len(receive.arrived)):
             return
         if not receive.pieces:
             receive.started_ns = time.time_ns()
         if piece.agent:
             self._meet(receive, piece.agent)
         receive.pieces += 1
-        ids = receive.plan.block_ids[piece.first : piece.first + piece.count]
-        self._copier.scatter(ids, self._staging.bytes_of(piece.slot))
-        receive.arrived.update(range(piece.first, piece.first + piece.count))
-        if len(receive.arrived) == total:
+        part = slice(piece.first, piece.first + piece.count)
+        self._copier.scatter(receive.plan.block_ids[part], self._staging.bytes_of(piece.slot))
+        if piece.checksum is not None and not self._verified(receive.plan.block_ids[part], piece.checksum):
+            self._refuse(receive)
+            return
+        receive.arrived[part] = True
+        if receive.arrived.all():
             self._finish(receive)
         else:
             receive.uncredited.append(piece.slot)
             self._credit(receive)
+
+    def _verified(self, block_ids: list[int], total: int) -> bool:
+        """Whether the blocks themselves hold what was sent: read back, so that staging and scatter are covered too."""
+        if self._proof is None:
+            return True  # asked for by the sender only
+        size = self._copier.gather(block_ids, self._proof, Ready(self._proof.device))
+        return checksum(self._proof[:size]) == total
+
+    def _refuse(self, receive: Receive) -> None:
+        """Corrupt: the attempt fails, by the sender's word once it has stopped writing."""
+        receive.corrupt = True
+        self._report(ReceiveEnded(receive.plan.request_id, receive.transfer_id, self._rank, Corrupt.cause))
+        self._say(receive, Refused(receive.transfer_id, Corrupt.cause))
 
     def _meet(self, receive: Receive, agent: bytes) -> None:
         try:
@@ -174,11 +206,15 @@ class Receiver:
     def _credit(self, receive: Receive) -> None:
         """Give back the slots that are empty again; those of pieces that overtook the first wait for it."""
         while receive.sender and receive.uncredited:
-            slot = receive.uncredited.pop()
-            try:
-                self._engine.notify(receive.sender, _notes.encode(Credit(receive.transfer_id, slot)))
-            except TransferError:
-                receive.sender = ""  # the worker process learns of the loss from the unanswered prefill request
+            self._say(receive, Credit(receive.transfer_id, receive.uncredited.pop()))
+
+    def _say(self, receive: Receive, note: Note) -> None:
+        if not receive.sender:
+            return
+        try:
+            self._engine.notify(receive.sender, _notes.encode(note))
+        except TransferError:
+            receive.sender = ""  # the worker process learns of the loss from the unanswered prefill request
 
     def _finish(self, receive: Receive) -> None:
         """Every block is here, so the sender has nothing left to write."""
@@ -190,6 +226,7 @@ class Receiver:
             ReceiveEnded(
                 receive.plan.request_id, receive.transfer_id, self._rank,
                 bytes=blocks * self._copier.block_bytes, blocks=blocks, pieces=receive.pieces,
+                path=self._engine.path(receive.sender) if receive.sender else "",
                 started_ns=receive.started_ns, ended_ns=time.time_ns(),
             )
         )  # fmt: skip
@@ -207,7 +244,7 @@ class Receiver:
             if not slots:
                 return
             self._waiting.popleft()
-            receive = Receive(plan, plan.transfer_id, slots)
+            receive = Receive(plan, plan.transfer_id, slots, np.zeros(len(plan.block_ids), dtype=np.bool_))
             self._open[receive.transfer_id] = receive
             self._by_request[plan.request_id] = receive.transfer_id
             self._report(

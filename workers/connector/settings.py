@@ -14,3 +14,4 @@ class MoverSettings:
     piece: int  # bytes
     window: int
     timeout_s: float
+    verify: bool = False  # checksum every piece, end to end

@@ -8,28 +8,26 @@ from __future__ import annotations
 
 import torch
 
-from workers.transfer.engine import Memory, TransferEngine
+from workers.transfer.engine import PeerEngine
 
 
 class Staging:
     """`size // slot_bytes` slots (at least one) on `device`. Used by the mover's thread alone."""
 
-    def __init__(self, engine: TransferEngine, size: int, slot_bytes: int, device: torch.device) -> None:
+    def __init__(self, engine: PeerEngine, size: int, slot_bytes: int, device: torch.device) -> None:
         self.slot_bytes = slot_bytes
         self.count = max(1, size // slot_bytes)
-        self._memory = torch.zeros(self.count * slot_bytes, dtype=torch.uint8, device=device)
-        kind: Memory = "DRAM" if device.type == "cpu" else "VRAM"
-        self.region = engine.register(
-            self._memory.data_ptr(),
-            self._memory.numel(),
-            kind,
-            0 if device.type == "cpu" else device.index or 0,
-        )
+        self._memory, self.region = engine.allocate(self.count * slot_bytes, device)
         self._free = list(range(self.count))
 
     @property
     def free(self) -> int:
         return len(self._free)
+
+    @property
+    def used(self) -> int:
+        """Bytes of the slots that are not free."""
+        return (self.count - len(self._free)) * self.slot_bytes
 
     def take(self, count: int) -> tuple[int, ...]:
         """That many slots, or none at all when fewer are free."""

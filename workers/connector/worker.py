@@ -11,8 +11,8 @@ from workers.connector.channel import ConnectorEnd
 from workers.connector.mover import Ended, Mover
 from workers.connector.protocol import Hello, StepPlan
 from workers.connector.settings import MoverSettings
+from workers.transfer.fabric import Fabric
 from workers.transfer.layout import planes_of
-from workers.transfer.nixl import NixlEngine
 
 # How long an engine with nothing to compute sleeps in a step, unless a transfer ends; it would spin otherwise.
 _IDLE_STEP_S = 0.002
@@ -37,7 +37,7 @@ class WorkerSide:
     def register(self, kv_caches: dict[str, torch.Tensor], num_blocks: int) -> None:
         """The engine's KV memory exists: start the transfer engine and say hello. Raises Mismatch, TransferError."""
         planes = planes_of(kv_caches, num_blocks)
-        engine = NixlEngine(self._name, self._threads)
+        engine = Fabric(self._name, self._threads)
         self._mover = Mover(engine, planes, self._settings, self._channel.report, _end_process)
         self._channel.listen(self._mover.command, self._mover.close)
         self._channel.report(

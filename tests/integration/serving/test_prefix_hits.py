@@ -42,10 +42,10 @@ def test_a_repeated_prompt_skips_the_prefill_worker_and_counts_its_cached_blocks
 def test_only_the_missing_blocks_of_a_partly_cached_prompt_are_transferred(apart: Deployment) -> None:
     shared = prompt(640, 12)
     assert cached_tokens(apart, shared) == 0
-    before = apart.metrics("decode-0")["dynamo_lite_worker_transfer_bytes_total"]
+    before = total(apart.metrics("decode-0"), "nixl_transfer_bytes_total")
     block_bytes = apart.instances()["decode-0"].fingerprint.block_bytes
     assert cached_tokens(apart, shared + prompt(320, 13)) == 640
-    after = apart.metrics("decode-0")["dynamo_lite_worker_transfer_bytes_total"]
+    after = total(apart.metrics("decode-0"), "nixl_transfer_bytes_total")
     assert after - before == 320 // BLOCK * block_bytes
 
 

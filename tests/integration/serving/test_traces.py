@@ -50,7 +50,7 @@ def test_every_process_exports_its_metrics_under_vllm_s_names(apart: Deployment)
     decode = apart.metrics("decode-0")
     names = {name.partition("{")[0] for name in decode}
     assert {"vllm:kv_cache_usage_perc", "vllm:time_to_first_token_seconds_count"} <= names
-    assert {"dynamo_lite_worker_transfer_bytes_total", "dynamo_lite_worker_held_blocks"} <= names
+    assert {"nixl_transfer_bytes_total", "dynamo_lite_worker_held_blocks"} <= names
     frontend = httpx.get(f"{apart.url}/metrics").text
     for name in ("vllm:time_to_first_token_seconds", "vllm:inter_token_latency_seconds", "dynamo_lite_http_requests"):
         assert name in frontend

@@ -69,7 +69,7 @@ async def test_a_remote_prefill_gives_the_output_of_a_local_one(
     assert counters['dynamo_lite_worker_remote_prefills_total{outcome="ok"}'] == 2
     assert counters['dynamo_lite_worker_prompts_total{reason="remote"}'] == 2
     assert counters['vllm:prompt_tokens_by_source_total{source="external_kv_transfer"}'] == 2 * 999
-    assert counters["dynamo_lite_worker_transfer_seconds_count"] == 2
+    assert counters['nixl_transfer_seconds_count{direction="in",path="sim"}'] == 2
     await fleet.until(lambda: fleet.load(prefill_0).prefills == 2)
     await fleet.free(decode_0, prefill_0)
     tree = await exported(fleet, tmp_path, "decode-0", "prefill-0", "both-0")

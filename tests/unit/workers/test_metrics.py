@@ -27,9 +27,9 @@ def test_transfers_add_up_bytes_and_seconds() -> None:
     registry = CollectorRegistry()
     metrics = WorkerMetrics(Role.DECODE, registry)
     for _ in range(2):
-        metrics.arrived(TransferReport(1000, 2, 1, "sim", 0, 500_000_000))
-    assert registry.get_sample_value("dynamo_lite_worker_transfer_bytes_total") == 2000
-    assert registry.get_sample_value("dynamo_lite_worker_transfer_seconds_sum") == 1.0
+        metrics.transferred("in", TransferReport(1000, 2, 1, "sim", 0, 500_000_000))
+    assert registry.get_sample_value("nixl_transfer_bytes_total", {"direction": "in", "path": "sim"}) == 2000
+    assert registry.get_sample_value("nixl_transfer_seconds_sum", {"direction": "in", "path": "sim"}) == 1.0
 
 
 def test_requests_are_counted_by_role_and_outcome() -> None:

@@ -32,6 +32,7 @@ class ScriptedPrefill:
         self.targets: list[PushTarget] = []
         self.reasons: list[str] = []
         self.reports: list[TransferReport] = []
+        self.failures: list[str] = []
         self.stopped = False
         self.reported = asyncio.Event()
         self.called = asyncio.Event()
@@ -57,6 +58,9 @@ class ScriptedPrefill:
 
     def skipped(self, reason: str) -> None:
         self.reasons.append(reason)
+
+    def failed(self, cause: str) -> None:
+        self.failures.append(cause)
 
     def transferred(self, report: TransferReport) -> None:
         self.reports.append(report)
@@ -89,7 +93,7 @@ class Bench:
 
     def arrive(self, transfer_id: int = 256) -> None:
         for rank in range(RANKS):
-            self.receives.handle(ReceiveEnded("r", transfer_id, rank, "", 50, 7, 2, 10 + rank, 20 + rank))
+            self.receives.handle(ReceiveEnded("r", transfer_id, rank, "", 50, 7, 2, "shm", 10 + rank, 20 + rank))
 
 
 @asynccontextmanager
@@ -144,6 +148,20 @@ async def test_blocks_that_never_arrive_after_a_success_are_computed_here() -> N
         assert await made.next_command() == Settle(256, "p0", closed=True)
         assert await made.next_command() == GiveUp("r", 256)
         assert remote.reports == []
+        assert remote.failures == ["lost"]
+
+
+async def test_a_corrupt_piece_fails_the_attempt_at_once_and_the_next_candidate_is_asked() -> None:
+    async with bench() as made:
+        remote = ScriptedPrefill("p0", "p1")
+        made.receives.expect("r", remote)
+        made.open()
+        await remote.called.wait()
+        made.receives.handle(ReceiveEnded("r", 256, 1, "corrupt"))
+        remote.answer.set_result(0)  # every piece was written, as far as the prefill worker knows
+        assert await made.next_command() == Settle(256, "p0", closed=True)
+        assert await made.next_command() == Reopen("r", 256)
+        assert remote.failures == ["corrupt"]
 
 
 async def test_an_aborted_request_waits_for_its_candidate_before_its_staging_is_free() -> None:
@@ -179,7 +197,7 @@ async def test_one_rank_that_has_all_its_blocks_when_another_fails_ends_remote_p
         made.receives.expect("r", remote)
         made.open()
         await remote.called.wait()
-        made.receives.handle(ReceiveEnded("r", 256, 0, "", 50, 7, 2, 10, 20))
+        made.receives.handle(ReceiveEnded("r", 256, 0, "", 50, 7, 2, "shm", 10, 20))
         remote.fail("gone")
         assert await made.next_command() == Settle(256, "p0", closed=False)
         assert await made.next_command() == GiveUp("r", 256)

@@ -46,10 +46,13 @@ class Peers:
         candidate = self.candidates.pop(0)
         if isinstance(candidate, PrefillFailed):
             raise candidate
-        return await candidate.prefill(PrefillJob(RequestId("remote"), self.token_ids, target))
+        return (await candidate.prefill(PrefillJob(RequestId("remote"), self.token_ids, target))).cached_tokens
 
     def stop(self) -> None:
         self.candidates.clear()
+
+    def failed(self, cause: str) -> None:
+        raise AssertionError(cause)
 
     def skipped(self, reason: str) -> None:
         self.skips.append(reason)
@@ -220,8 +223,8 @@ async def test_a_target_of_another_size_is_refused(engine: MakeEngine) -> None:
 
 async def test_a_prefill_says_what_it_had_cached(engine: MakeEngine) -> None:
     prefill = await engine(Role.PREFILL)
-    assert await prefill.prefill(PrefillJob(RequestId("p"), PROMPT, TARGET)) == 0
-    assert await prefill.prefill(PrefillJob(RequestId("p"), PROMPT, TARGET)) == 128
+    assert (await prefill.prefill(PrefillJob(RequestId("p"), PROMPT, TARGET))).cached_tokens == 0
+    assert (await prefill.prefill(PrefillJob(RequestId("p"), PROMPT, TARGET))).cached_tokens == 128
 
 
 @pytest.mark.parametrize(

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import msgspec
 import torch
 
 from dynamo_lite.plane.wire import Incarnation, PushTarget
 from workers.connector.mover import Mover
-from workers.connector.protocol import Holds, PushStep, ReceiveOpened, ReceivePlan, Report, StepPlan
+from workers.connector.protocol import Holds, Note, PushStep, ReceiveOpened, ReceivePlan, Report, StepPlan
 from workers.connector.settings import MoverSettings
+from workers.transfer.engine import Spans, Target
 from workers.transfer.layout import Planes, planes_of
 
 os.environ.setdefault("UCX_RNDV_THRESH", "inf")  # as the supervisor sets it, before UCX starts
-from workers.transfer.nixl import NixlEngine
+from workers.transfer.fabric import Fabric
 
 BLOCKS, LAYERS = 64, 3
 WAIT_S = 10.0
@@ -80,7 +83,7 @@ class Side:
         return latest.blocks[reason] if latest is not None else 0
 
 
-def _side(seed: int, staging_blocks: int, timeout_s: float) -> Side:
+def _side(seed: int, staging_blocks: int, timeout_s: float, verify: bool) -> Side:
     generator = torch.Generator().manual_seed(seed)
     caches = {f"layer{i}": torch.randn(BLOCKS, 2, 16, generator=generator) for i in range(LAYERS)}
     planes = planes_of(caches, BLOCKS)
@@ -90,15 +93,16 @@ def _side(seed: int, staging_blocks: int, timeout_s: float) -> Side:
         piece=2 * planes.block_bytes,
         window=2,
         timeout_s=timeout_s,
+        verify=verify,
     )
     reports = Reports()
-    return Side(Mover(NixlEngine(f"{uuid.uuid4().hex}:0"), planes, settings, reports), planes, reports)
+    return Side(Mover(Fabric(f"{uuid.uuid4().hex}:0"), planes, settings, reports), planes, reports)
 
 
 @contextmanager
-def pair(staging_blocks: int = 8, timeout_s: float = 5.0) -> Iterator[tuple[Side, Side]]:
+def pair(staging_blocks: int = 8, timeout_s: float = 5.0, verify: bool = False) -> Iterator[tuple[Side, Side]]:
     """(sender, receiver), closed at the end."""
-    sender, receiver = _side(1, staging_blocks, timeout_s), _side(2, staging_blocks, timeout_s)
+    sender, receiver = (_side(seed, staging_blocks, timeout_s, verify) for seed in (1, 2))
     try:
         yield sender, receiver
     finally:
@@ -118,3 +122,16 @@ def target_of(opened: ReceiveOpened) -> PushTarget:
 def push(sender: Side, target: PushTarget, ids: list[int], first: int = 0, request_id: str = "r") -> None:
     step = PushStep(f"{request_id}-engine", request_id, target, ids, first)
     sender.mover.plan(StepPlan(pushes=[step]))
+
+
+def tell(target: PushTarget, note: Note) -> None:
+    """Notify the receiver of a transfer from an agent of our own, as a sender that is not what it should be."""
+    (rank,) = target.ranks
+    agent = Fabric(f"{uuid.uuid4().hex}:0")
+    peer = agent.connect(rank.agent)
+    _, region = agent.allocate(8, torch.device("cpu"))
+    spot = Target(peer, rank.slot_bytes, rank.address + target.ranks[0].slots[-1] * rank.slot_bytes)
+    agent.write(
+        region, Spans.one(0, 8), spot, Spans.one(0, 8), time.monotonic() + WAIT_S, msgspec.msgpack.encode(note)
+    ).wait()  # fmt: skip
+    agent.close()

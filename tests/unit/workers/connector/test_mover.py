@@ -5,10 +5,11 @@ import random
 import pytest
 import torch
 
-from tests.unit.workers.connector.pair import BLOCKS, Side, pair, plan_receive, push, target_of
+from tests.unit.workers.connector.pair import BLOCKS, Side, pair, plan_receive, push, target_of, tell
 from workers.connector.protocol import (
     GiveUp,
     PeerGone,
+    Piece,
     PushEnded,
     PushStep,
     ReceiveEnded,
@@ -223,3 +224,40 @@ def test_a_prefill_asked_for_twice_frees_the_blocks_of_both() -> None:
             fresh = sender.mover.ended(set()).sent
             assert fresh, f"only {sent} came"
             sent |= fresh
+
+
+def test_a_piece_with_another_checksum_is_refused_and_its_slots_wait_for_the_senders_word() -> None:
+    with pair(verify=True) as (sender, receiver):
+        plan_receive(receiver, [10, 11, 12, 13])
+        target = target_of(receiver.reports.take(ReceiveOpened))
+        push(sender, target, [1, 2], first=0)  # the transfer stays open: two blocks are still to come
+        tell(target, Piece(target.transfer_id, target.ranks[0].slots[-1], 2, 2, checksum=1))
+        assert receiver.reports.take(ReceiveEnded).cause == "corrupt"
+        assert sender.reports.take(PushEnded).cause == "corrupt"
+        receiver.mover.command(Reopen("r", target.transfer_id))
+        again = target_of(receiver.reports.take(ReceiveOpened))
+        assert again.transfer_id == target.transfer_id + 1
+        push(sender, again, [1, 2, 3, 4], request_id="again")
+        assert receiver.reports.take(ReceiveEnded).cause == "retried"
+        assert receiver.reports.take(ReceiveEnded).cause == ""
+        assert same(sender, [1, 2, 3, 4], receiver, [10, 11, 12, 13])
+        assert receiver.held("quarantine") == 0
+
+
+def test_a_verified_transfer_brings_the_same_blocks() -> None:
+    with pair(verify=True, staging_blocks=4) as (sender, receiver):
+        plan_receive(receiver, list(range(20, 31)))
+        push(sender, target_of(receiver.reports.take(ReceiveOpened)), list(range(11)))
+        assert receiver.reports.take(ReceiveEnded).cause == ""
+        assert same(sender, list(range(11)), receiver, list(range(20, 31)))
+
+
+def test_from_the_second_piece_on_a_worker_of_the_same_host_is_written_to_directly() -> None:
+    with pair() as (sender, receiver):
+        plan_receive(receiver, list(range(12)))
+        push(sender, target_of(receiver.reports.take(ReceiveOpened)), list(range(12)))
+        ended = receiver.reports.take(ReceiveEnded)
+        assert (ended.path, ended.pieces) == ("shm", 6)
+        pushed = sender.reports.take(PushEnded)
+        assert (pushed.path, pushed.pieces, pushed.bytes) == ("shm", 6, ended.bytes)
+        assert same(sender, list(range(12)), receiver, list(range(12)))

@@ -1,0 +1,140 @@
+"""The transfer engine between workers: UCX through NIXL, and on one host memory that both sides address.
+
+`kv_transfer.transport` chooses: UCX is told by its environment (`dynamo_lite.plan.ucx_environment`), shared memory is
+offered here unless the transport rules it out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from dynamo_lite.rdma import RdmaPort
+from dynamo_lite.transports import Path, Transport, path_between
+from workers.errors import Mismatch, TransferError
+from workers.transfer.engine import Memory, Notification, Region, Spans, Target, Transfer
+from workers.transfer.nixl import NixlAgent
+from workers.transfer.shared import Shared, SharedBytes, host_id, open_shared
+
+
+class Card(msgspec.Struct, frozen=True, array_like=True):
+    """What a peer is told of us."""
+
+    name: str
+    host: str
+    agent: bytes  # NIXL's metadata
+    shared: tuple[SharedBytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A connected agent, and what of its memory is mapped here."""
+
+    name: str
+    same_host: bool
+    windows: tuple[tuple[SharedBytes, torch.Tensor], ...]
+
+
+class Fabric:
+    """See `workers.transfer.engine.PeerEngine`."""
+
+    backend = "nixl/UCX"
+
+    def __init__(
+        self, name: str, threads: int = 1, transport: Transport = "auto", rdma: RdmaPort | None = None
+    ) -> None:
+        """`threads`: see NixlAgent. `rdma`: the port UCX was told to use, if any."""
+        self.name = name
+        self._transport, self._rdma = transport, rdma
+        self._agent = NixlAgent(name, threads)
+        self._shared: list[Shared] = []
+        self._memory: Memory = "DRAM"
+        self._peers: dict[str, Peer] = {}
+        self._cards: dict[bytes, str] = {}
+
+    # ---- own memory ----
+
+    def allocate(self, size: int, device: torch.device) -> tuple[torch.Tensor, Region]:
+        if device.type != "cpu":
+            self._memory = "VRAM"
+            memory = torch.zeros(size, dtype=torch.uint8, device=device)
+        elif self._transport in ("auto", "shm"):
+            shared = Shared(size)
+            self._shared.append(shared)
+            memory = shared.bytes
+        else:
+            memory = torch.zeros(size, dtype=torch.uint8)
+        return memory, self.register(memory.data_ptr(), size, self._memory, device.index or 0)
+
+    def register(self, address: int, size: int, memory: Memory, device: int) -> Region:
+        return self._agent.register(address, size, memory, device)
+
+    # ---- peers ----
+
+    def metadata(self) -> bytes:
+        cards = tuple(shared.card for shared in self._shared)
+        return msgspec.msgpack.encode(Card(self.name, host_id(), self._agent.metadata(), cards))
+
+    def connect(self, metadata: bytes) -> str:
+        known = self._cards.get(metadata)
+        if known is not None:
+            return known
+        try:
+            card = msgspec.msgpack.decode(metadata, type=Card)
+        except msgspec.MsgspecError as error:
+            raise Mismatch(f"unreadable metadata of a transfer agent: {error}") from error
+        same_host = card.host == host_id()
+        if self._transport in ("shm", "cuda_ipc") and not same_host:
+            raise Mismatch(f"kv_transfer.transport is {self._transport}, but {card.name} is on another host")
+        windows = []
+        if self._transport in ("auto", "shm"):
+            windows = [(one, window) for one in card.shared if (window := open_shared(one)) is not None]
+        self._agent.add(card.agent)
+        self._peers[card.name] = Peer(card.name, same_host, tuple(windows))
+        self._cards[metadata] = card.name
+        return card.name
+
+    def disconnect(self, peer: str) -> None:
+        if self._peers.pop(peer, None) is not None:
+            self._cards = {key: name for key, name in self._cards.items() if name != peer}
+            self._agent.remove(peer)
+
+    def path(self, peer: str) -> Path:
+        return path_between(self._transport, self._peers[peer].same_host, self._memory, self._rdma)
+
+    def window(self, target: Target, offset: int, size: int) -> torch.Tensor | None:
+        peer = self._peers.get(target.where)
+        for card, window in peer.windows if peer is not None else ():
+            first = target.address + offset - card.address
+            if 0 <= first <= card.size - size:
+                return window[first : first + size]
+        return None
+
+    # ---- moving ----
+
+    def write(
+        self, region: Region, here: Spans, target: Target, there: Spans, deadline: float, notify: bytes = b""
+    ) -> Transfer:
+        return self._agent.start("WRITE", region, here, target, there, deadline, notify)
+
+    def read(self, region: Region, here: Spans, target: Target, there: Spans, deadline: float) -> Transfer:
+        """Prefer `write` from the other side: see `workers.transfer.nixl`."""
+        return self._agent.start("READ", region, here, target, there, deadline, b"")
+
+    def notify(self, peer: str, payload: bytes) -> None:
+        self._agent.notify(peer, payload)
+
+    def notifications(self) -> list[Notification]:
+        return self._agent.notifications()
+
+    def close(self) -> None:
+        for peer in list(self._peers):
+            with contextlib.suppress(TransferError):
+                self.disconnect(peer)
+        self._agent.close()
+        for shared in self._shared:
+            shared.close()
+        self._shared.clear()
