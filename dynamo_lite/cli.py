@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,6 +58,8 @@ def serve(file: File, set_: Overrides = None) -> None:
         plan = _plan(file, set_ or [])
         for warning in plan.warnings:
             typer.echo(f"Warning: {warning}", err=True)
+        for way in {} if plan.problems else dict.fromkeys(path.via for path in plan.transfers):
+            typer.echo(f"KV moves by: {way}", err=True)
         with Progress(sys.stderr) as progress:
             asyncio.run(Supervisor(plan, progress, os.environ).run())
 
@@ -117,7 +120,8 @@ def _plan(file: Path, overrides: list[str]) -> Plan:
     machine = Machine.detect(visible_gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
     try:
         shape = model_store.shape(source.config)
-        return resolve(source.config, machine=machine, shape=shape, cache=_cache(os.environ))
+        plan = resolve(source.config, machine=machine, shape=shape, cache=_cache(os.environ))
+        return replace(plan, problems=tuple(map(source.located, plan.problems)))
     except ConfigError as error:
         raise source.located(error) from error
 

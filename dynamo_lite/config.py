@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
+from dynamo_lite.transports import Transport
+
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -56,12 +58,16 @@ class KvTransfer(Model):
 
     backend: Literal["nixl"] = "nixl"
     metadata_server: MetadataAddress | None = None  # address of the discovery service (etcd): tcp://host:port
+    transport: Transport = "auto"
     rdma_device: str | None = None  # e.g. mlx5_0; becomes UCX_NET_DEVICES
+    gid_index: Annotated[int, Field(ge=0, le=255)] | None = None  # of a RoCE port
+    traffic_class: Annotated[int, Field(ge=0, le=255)] | None = None  # of RoCE packets
     transport_threads: Annotated[int, Field(ge=1, le=64)] = 1
     timeout_ms: Annotated[int, Field(gt=0)] = 2000  # longest silence of a prefill worker before the next is tried
     staging: Bytes = 64 * 2**20  # registered memory per worker and rank for pieces in flight, each direction
     piece: Bytes = 4 * 2**20  # largest piece of one write
     window: Annotated[int, Field(ge=1, le=64)] = 4  # pieces in flight per transfer
+    verify: bool = False  # checksum every piece, end to end
     min_remote_tokens: Annotated[int, Field(ge=1)] = 64  # shorter uncached remainders are computed by the decode worker
 
 
@@ -188,6 +194,14 @@ class Config(Model):
     def model_name(self) -> str:
         """The name clients use."""
         return self.served_model_name or self.model
+
+    @property
+    def etcd_endpoints(self) -> tuple[str, ...]:
+        """Existing etcd endpoints; empty when one is to be embedded."""
+        server = self.kv_transfer.metadata_server
+        if self.etcd.endpoints or server is None:
+            return self.etcd.endpoints
+        return (server.replace("tcp:", "http:", 1),)
 
 
 class NatsAddress(Model):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dynamo_lite.config import WorkerGroup
-from dynamo_lite.plan import Plan, PlannedProcess, ucx_environment
+from dynamo_lite.plan import Plan, PlannedProcess
+from dynamo_lite.transfer_plan import TransferPlan
 
 # Each measured: without them two CPU engines share one core, start in 20–44 s instead of 3–5 s, and compile C++ for
 # half a minute at the first request that asks for logprobs.
@@ -35,4 +36,5 @@ def environment(plan: Plan, process: PlannedProcess, inherited: Mapping[str, str
     else:
         ours["CUDA_VISIBLE_DEVICES"] = ",".join(plan.machine.gpus[index].address for index in process.gpus)
     kept = {name: value for name, value in inherited.items() if name not in NOT_INHERITED}
-    return {**ucx_environment(plan.config), **kept, **ours, **group.env}
+    ucx = TransferPlan(plan.config, plan.machine.rdma_ports).environment(process.device)
+    return {**ucx, **kept, **ours, **group.env}

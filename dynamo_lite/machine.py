@@ -9,6 +9,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from dynamo_lite.rdma import INFINIBAND, RdmaPort, rdma_ports
+
 CGROUP = Path("/sys/fs/cgroup")
 NVIDIA_SMI_DEADLINE_S = 20.0  # the first call on a host without persistence mode wakes every GPU
 
@@ -30,7 +32,7 @@ class Machine:
     memory: int  # bytes
     free_memory: int  # bytes
     gpus: tuple[Gpu, ...] = ()
-    rdma_devices: tuple[str, ...] = ()
+    rdma_ports: tuple[RdmaPort, ...] = ()
     vllm_build: str | None = None  # "cpu", "cuda" or not installed
 
     @property
@@ -38,7 +40,7 @@ class Machine:
         return bool(self.gpus) and self.vllm_build != "cpu"
 
     @classmethod
-    def detect(cls, cgroup: Path = CGROUP, visible_gpus: str | None = None) -> Machine:
+    def detect(cls, cgroup: Path = CGROUP, visible_gpus: str | None = None, infiniband: Path = INFINIBAND) -> Machine:
         """Asks the kernel, nvidia-smi and the installed packages; container limits count.
 
         `visible_gpus` is the value of CUDA_VISIBLE_DEVICES, where that is set.
@@ -51,7 +53,7 @@ class Machine:
             memory=memory,
             free_memory=min(available, memory),
             gpus=_visible(_gpus(), visible_gpus),
-            rdma_devices=tuple(sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))),
+            rdma_ports=rdma_ports(infiniband),
             vllm_build=_vllm_build(),
         )
 

@@ -1,14 +1,15 @@
 """What a configuration means on this machine: processes, addresses, memory, threads, GPUs, transfer paths.
 
 `dynamo-lite check` prints the plan, `dynamo-lite serve` carries it out. What can never work is a ConfigError;
-what only this host lacks (GPUs, an RDMA device) is in `Plan.missing`, since the file may be meant for another.
+what only this host lacks (GPUs, an RDMA device) is in `Plan.missing` and `Plan.problems`, since the file may be meant
+for another.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,9 +18,9 @@ from dynamo_lite.config import Config, WorkerGroup
 from dynamo_lite.errors import ConfigError
 from dynamo_lite.machine import Machine
 from dynamo_lite.model_shape import ModelShape
+from dynamo_lite.transfer_plan import Device, TransferPlan
 
 Role = Literal["frontend", "prefill", "decode", "both"]
-Device = Literal["cpu", "cuda", "none"]  # none: frontends and simulated engines
 
 WORKER_ROLES: tuple[Literal["prefill", "decode", "both"], ...] = ("prefill", "decode", "both")
 CPU_KV_CACHE = 512 * 2**20
@@ -86,6 +87,7 @@ class Plan:
     transfers: tuple[TransferPath, ...]
     warnings: tuple[str, ...]
     missing: tuple[str, ...]  # what this host lacks to run it
+    problems: tuple[ConfigError, ...]  # what kv_transfer asks for and this host cannot do
 
     @property
     def memory(self) -> int:
@@ -109,34 +111,14 @@ def resolve(
         state_dir=(config.state_dir or cache / "state" / config.namespace).absolute(),
         frontend=f"http://{host}:{frontend.port or '<chosen at start>'}",
         nats=config.nats.url or "embedded, on loopback",
-        etcd=", ".join(etcd_endpoints(config)) or "embedded, on loopback",
+        etcd=", ".join(config.etcd_endpoints) or "embedded, on loopback",
         processes=processes,
         transfers=tuple(planner.transfers()),
         warnings=(),
         missing=tuple(planner.missing()),
+        problems=tuple(planner.problems()),
     )
     return _fitted(plan, [*planner.warnings(), *planner.gpu_warnings])
-
-
-def etcd_endpoints(config: Config) -> tuple[str, ...]:
-    """Existing etcd endpoints; empty when one is to be embedded."""
-    server = config.kv_transfer.metadata_server
-    if config.etcd.endpoints or server is None:
-        return config.etcd.endpoints
-    return (re.sub("^tcp:", "http:", server),)
-
-
-def ucx_environment(config: Config) -> Mapping[str, str]:
-    """What UCX is told unless the user's own environment says otherwise."""
-    # Without it same-host transfers between host memories fall from zero-copy to TCP emulation.
-    settings = {"UCX_RNDV_THRESH": "inf"}
-    if device := config.kv_transfer.rdma_device:
-        settings["UCX_NET_DEVICES"] = device if ":" in device else f"{device}:1"  # UCX names ports
-    elif not etcd_endpoints(config):
-        # An embedded etcd is on loopback, so all workers are on this host: nobody else need reach UCX, which asks
-        # for no password.
-        settings["UCX_NET_DEVICES"] = "lo"
-    return settings
 
 
 def gib(size: float) -> str:
@@ -170,6 +152,7 @@ class _Planner:
             (role, group) for role in WORKER_ROLES if (group := getattr(config.workers, role)) and group.count
         ]
         self.simulated = config.engine == "sim"
+        self.transfer = TransferPlan(config, machine.rdma_ports)
         self.gpus_wanted = 0
         self.gpu_warnings: list[str] = []
 
@@ -270,9 +253,10 @@ class _Planner:
             yield from (
                 f"the {kind} build of vLLM" for kind in sorted(devices & needed.keys()) if build != needed[kind]
             )
-        rdma = self.config.kv_transfer.rdma_device
-        if rdma and not self.simulated and rdma.partition(":")[0] not in self.machine.rdma_devices:
-            yield f"the RDMA device {rdma}"
+
+    def problems(self) -> Iterator[ConfigError]:
+        if not self.simulated:
+            yield from self.transfer.problems({role: self._device(group) for role, group in self.groups})
 
     def transfers(self) -> Iterator[TransferPath]:
         for source_role, source in self.groups:
@@ -287,10 +271,7 @@ class _Planner:
             return "simulated"
         if obstacle := self._obstacle(source, target):
             return f"none: {obstacle}"
-        memory = "GPU memory" if self._device(source) == "cuda" else "host memory"
-        device = self.config.kv_transfer.rdma_device
-        network = f"RDMA on {device}" if device else "UCX's choice of network"
-        return f"NIXL over UCX, {memory}; on one host without the network, between hosts by {network}"
+        return self.transfer.ways(self._device(source))
 
     def _obstacle(self, source: WorkerGroup, target: WorkerGroup) -> str | None:
         devices = self._device(source), self._device(target)
@@ -301,6 +282,8 @@ class _Planner:
         return None
 
     def warnings(self) -> Iterator[str]:
+        if not self.simulated:
+            yield from self.transfer.warnings()
         groups = dict(self.groups)
         if "decode" in groups and "prefill" not in groups:
             yield "there are no prefill workers: decode workers compute every prompt themselves"

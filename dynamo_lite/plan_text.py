@@ -27,12 +27,13 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield "KV tiers"
     yield from _table([("device", _device_tier(plan))])
     yield ""
-    yield "KV transfers"
+    yield "KV moves by"
     paths = [(f"{path.source} → {path.target}", path.via) for path in plan.transfers]
     yield from _table(paths or [("none", "no prefill workers apart from those that decode")])
     yield ""
     yield f"State and logs: {plan.state_dir}"
     yield from (f"Warning: {warning}" for warning in plan.warnings)
+    yield from (f"Warning: this host cannot serve it: {problem}" for problem in plan.problems)
     if plan.missing:
         yield f"Warning: this host cannot serve it; it lacks {', '.join(plan.missing)}"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-SYSFS = Path("/sys/class/infiniband")
+INFINIBAND = Path("/sys/class/infiniband")
 LinkLayer = Literal["InfiniBand", "Ethernet"]
 
 
@@ -31,16 +31,20 @@ class RdmaPort:
         return self.state == "ACTIVE"
 
     @property
+    def kind(self) -> str:
+        """Of the network, as people call it."""
+        return "RoCE" if self.link_layer == "Ethernet" else "InfiniBand"
+
+    @property
     def text(self) -> str:
         """For people."""
-        layer = "RoCE" if self.link_layer == "Ethernet" else self.link_layer
-        return f"{self.name} ({layer}, {self.state.lower()})"
+        return f"{self.name} ({self.kind}, {self.state.lower()})"
 
 
-def rdma_ports(sysfs: Path = SYSFS) -> tuple[RdmaPort, ...]:
+def rdma_ports(infiniband: Path = INFINIBAND) -> tuple[RdmaPort, ...]:
     """All ports, by device and number; none where the kernel has no RDMA."""
     found = []
-    for folder in sysfs.glob("*/ports/*"):
+    for folder in infiniband.glob("*/ports/*"):
         try:
             layer = (folder / "link_layer").read_text().strip()
             state = (folder / "state").read_text().strip()  # "4: ACTIVE"

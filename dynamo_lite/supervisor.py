@@ -30,7 +30,7 @@ from dynamo_lite.errors import DynamoError, StartError
 from dynamo_lite.keeper import Backoff, Keeper
 from dynamo_lite.listening import Port
 from dynamo_lite.model_shape import ModelShape
-from dynamo_lite.plan import Plan, PlannedProcess, etcd_endpoints, resolve
+from dynamo_lite.plan import Plan, PlannedProcess, resolve
 from dynamo_lite.processes import Child
 from dynamo_lite.progress import Progress
 from dynamo_lite.state import StateFolder
@@ -68,6 +68,8 @@ class Supervisor:
 
     async def run(self) -> None:
         """Returns after SIGTERM or SIGINT. Raises StartError or ConfigError, when everything is down again."""
+        if self._plan.problems:
+            raise self._plan.problems[0]
         if self._plan.missing:
             raise StartError("this host", f"it lacks {', '.join(self._plan.missing)}")
         try:
@@ -110,7 +112,7 @@ class Supervisor:
             await stack.enter_async_context(background(self._progress.draw()))
             self._progress.expect("nats-server", "etcd", "model", *(process.name for process in self._plan.processes))
             nats, etcd = await self._nats(state, stack), await self._etcd(state, stack)
-            ours = config.nats.url is None and not etcd_endpoints(config)
+            ours = config.nats.url is None and not config.etcd_endpoints
             model = await self._model(state)
             await self._run_processes(state, Surroundings(nats, etcd, port, model, ours))
 
@@ -124,7 +126,7 @@ class Supervisor:
 
     async def _etcd(self, state: StateFolder, stack: AsyncExitStack) -> EtcdAddress:
         config = self._plan.config
-        given, endpoints = config.etcd, etcd_endpoints(config)
+        given, endpoints = config.etcd, config.etcd_endpoints
         if not endpoints:
             server = embedded.etcd_server(state.path / "etcd", state.log("etcd"), given.lease_ttl_s)
             return await self._embedded("etcd", server, stack)

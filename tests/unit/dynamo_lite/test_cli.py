@@ -69,3 +69,15 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_transport_that_this_host_lacks_is_refused_at_its_line_before_anything_starts(tmp_path: Path) -> None:
+    file = tmp_path / "rdma.yaml"
+    file.write_text("kv_transfer:\n  transport: cuda_ipc\nworkers:\n  decode: {gpu_type: cpu}\n")
+    served = CliRunner().invoke(app, ["serve", str(file), "--set", f"state_dir={tmp_path / 'state'}"])
+    assert served.exit_code == 2
+    assert f"Error: {file}:2:3: cuda_ipc does not reach host memory" in served.output
+    assert not (tmp_path / "state").exists()
+    checked = CliRunner().invoke(app, ["check", str(file)])
+    assert checked.exit_code == 0
+    assert f"this host cannot serve it: {file}:2:3: cuda_ipc does not reach host memory" in checked.output

@@ -11,7 +11,7 @@ from dynamo_lite.config_file import load_config
 from dynamo_lite.errors import ConfigError
 from dynamo_lite.machine import Gpu, Machine
 from dynamo_lite.model_shape import ModelShape
-from dynamo_lite.plan import Plan, etcd_endpoints, resolve, ucx_environment
+from dynamo_lite.plan import Plan, resolve
 from dynamo_lite.plan_text import describe
 
 GIB = 2**30
@@ -114,10 +114,11 @@ def test_what_does_not_fit_the_named_gpu_is_refused() -> None:
 
 def test_the_reference_file_on_a_laptop_is_planned_and_told_what_the_host_lacks() -> None:
     made = resolve(load_config(CONFIGS / "dynamo.yaml"), machine=LAPTOP, shape=SMALL, cache=Path("/cache"))
-    assert made.missing == ("32 GPUs (this host has none)", "the cuda build of vLLM", "the RDMA device mlx5_0")
+    assert made.missing == ("32 GPUs (this host has none)", "the cuda build of vLLM")
     assert made.etcd == "http://coordination-node:5557"
     text = describe(made)
     assert "prefill-0…3 (TP 4) → decode-0…7 (TP 2)" in text
+    assert "this host cannot serve it: this host has no RDMA device mlx5_0 (it has none)" in text
     assert "this host cannot serve it; it lacks 32 GPUs" in text
 
 
@@ -143,11 +144,10 @@ def test_the_simulated_engine_needs_neither_vllm_nor_weights_nor_gpus() -> None:
         machine=replace(LAPTOP, vllm_build=None),
         shape=None,
         engine="sim",
-        kv_transfer={"rdma_device": "mlx5_0"},
+        kv_transfer={"rdma_device": "mlx5_0", "transport": "rdma"},
         workers={"prefill": {"gpu_type": "h100", "count": 2}, "decode": {}},
     )
-    assert made.missing == ()
-    assert made.warnings == ()
+    assert (made.missing, made.problems, made.warnings) == ((), (), ())
     assert made.transfers[0].via == "simulated"
     assert "4096 simulated blocks on each of 3 workers" in describe(made)
 
@@ -158,28 +158,3 @@ def test_without_any_vllm_the_host_lacks_it() -> None:
 
 def test_a_model_not_here_yet_is_a_warning() -> None:
     assert any("not here yet" in warning for warning in plan(shape=None).warnings)
-
-
-def test_etcd_endpoints_win_over_the_metadata_server() -> None:
-    config = Config.model_validate({"kv_transfer": {"metadata_server": "tcp://node:5557"}})
-    assert etcd_endpoints(config) == ("http://node:5557",)
-    both = config.model_copy(update={"etcd": config.etcd.model_copy(update={"endpoints": ("http://a:2379",)})})
-    assert etcd_endpoints(both) == ("http://a:2379",)
-    assert etcd_endpoints(Config()) == ()
-
-
-def test_the_rdma_device_becomes_a_ucx_port() -> None:
-    config = Config.model_validate({"kv_transfer": {"rdma_device": "mlx5_0"}})
-    assert ucx_environment(config) == {"UCX_RNDV_THRESH": "inf", "UCX_NET_DEVICES": "mlx5_0:1"}
-
-
-def test_ucx_stays_on_loopback_where_all_workers_are_on_this_host() -> None:
-    assert ucx_environment(Config())["UCX_NET_DEVICES"] == "lo"
-    spread = Config.model_validate({"etcd": {"endpoints": ["http://a:2379"]}})
-    assert "UCX_NET_DEVICES" not in ucx_environment(spread)
-
-
-def test_the_printed_plan_names_every_process_and_address() -> None:
-    text = describe(plan(nats={"url": "nats://bus:4222"}))
-    for part in ("frontend-0", "prefill-0", "decode-0", "nats://bus:4222", "http://127.0.0.1:8000", "NIXL over UCX"):
-        assert part in text
