@@ -56,9 +56,7 @@ def rdma_ports(infiniband: Path = INFINIBAND) -> tuple[RdmaPort, ...]:
     return tuple(sorted(found, key=lambda port: (port.device, port.port)))
 
 
-def chosen_port(ports: Iterable[RdmaPort], device: str | None) -> RdmaPort | None:
-    """The one that `kv_transfer.rdma_device` names ("mlx5_0", "mlx5_0:2"); without a name the first active one."""
-    if device is None:
-        return next((port for port in ports if port.active), None)
+def chosen_port(ports: Iterable[RdmaPort], device: str) -> RdmaPort | None:
+    """The one that `kv_transfer.rdma_device` names: "mlx5_0" (its port 1), "mlx5_0:2"."""
     name = device if ":" in device else f"{device}:1"
     return next((port for port in ports if port.name == name), None)

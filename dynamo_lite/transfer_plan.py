@@ -9,7 +9,7 @@ from typing import Literal
 from dynamo_lite.config import Config
 from dynamo_lite.errors import ConfigError
 from dynamo_lite.rdma import RdmaPort, chosen_port
-from dynamo_lite.transports import Memory, Path, Transport, path_between
+from dynamo_lite.transports import LINK_LAYERS, Memory, Path, Transport, path_between, usable_ports
 
 Device = Literal["cpu", "cuda", "none"]  # none: frontends and simulated engines
 
@@ -29,7 +29,6 @@ _GPU_TRANSPORTS: Mapping[Transport, tuple[str, ...]] = {
     "tcp": ("cuda_copy",),
     "cuda_ipc": ("cuda_copy", "cuda_ipc"),
 }
-_LINK_LAYERS = {"rdma": "InfiniBand", "roce": "Ethernet"}
 _ONE_HOST = ("shm", "cuda_ipc")
 _WORDS: Mapping[Path, str] = {"shm": "shared memory", "cuda_ipc": "CUDA IPC", "tcp": "TCP"}
 
@@ -53,13 +52,7 @@ class TransferPlan:
     @property
     def _chosen(self) -> tuple[RdmaPort, ...]:
         """The RDMA ports that UCX may choose from."""
-        if self._transport == "tcp" or self._transport in _ONE_HOST:
-            return ()
-        device, layer = self.config.kv_transfer.rdma_device, _LINK_LAYERS.get(self._transport)
-        if device is not None:
-            port = chosen_port(self.ports, device)
-            return (port,) if port is not None else ()
-        return tuple(port for port in self.ports if port.active and layer in (None, port.link_layer))
+        return usable_ports(self._transport, self.ports, self.config.kv_transfer.rdma_device)
 
     def environment(self, device: Device) -> Mapping[str, str]:
         """What UCX is told unless the user's own environment says otherwise."""
@@ -72,7 +65,7 @@ class TransferPlan:
         if self._transport not in ("tcp", *_ONE_HOST) and transfer.rdma_device is not None:
             name = transfer.rdma_device
             settings["UCX_NET_DEVICES"] = name if ":" in name else f"{name}:1"  # UCX names ports
-        elif self._transport in _LINK_LAYERS:
+        elif self._transport in LINK_LAYERS:
             if self._chosen:
                 settings["UCX_NET_DEVICES"] = ",".join(port.name for port in self._chosen)
         elif self._one_host:
@@ -105,10 +98,10 @@ class TransferPlan:
     def problems(self, devices: Mapping[str, Device]) -> Iterator[ConfigError]:
         """What the file asks for and this host, or the device of one of these roles, cannot do."""
         transfer = self.config.kv_transfer
-        if self._transport in (*_LINK_LAYERS, "auto"):
+        if self._transport in (*LINK_LAYERS, "auto"):
             if transfer.rdma_device is not None:
                 yield from self._wrong_device(transfer.rdma_device)
-            elif self._transport in _LINK_LAYERS and not self._chosen:
+            elif self._transport in LINK_LAYERS and not self._chosen:
                 layer = "active RoCE port" if self._transport == "roce" else "active InfiniBand port"
                 yield ConfigError(f"this host has no {layer}", key="kv_transfer.transport", hint=self._offered)
         needed = {"cuda_ipc": "cuda", "shm": "cpu"}.get(self._transport)
@@ -119,7 +112,7 @@ class TransferPlan:
             yield ConfigError(message, key="kv_transfer.transport", hint=f"use auto or {other}")
 
     def _wrong_device(self, name: str) -> Iterator[ConfigError]:
-        port, layer = chosen_port(self.ports, name), _LINK_LAYERS.get(self._transport)
+        port, layer = chosen_port(self.ports, name), LINK_LAYERS.get(self._transport)
         if port is None:
             message = f"this host has no RDMA device {name}"
             yield ConfigError(message, key="kv_transfer.rdma_device", hint=self._offered)

@@ -6,6 +6,7 @@ One connector serves vLLM 0.26–0.33: it uses `get_finished` (not `get_transfer
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +24,14 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
 from dynamo_lite.processes import die_with_parent
+from dynamo_lite.rdma import rdma_ports
+from dynamo_lite.transports import usable_ports
 from workers.connector.channel import ConnectorEnd
 from workers.connector.protocol import Hello, StepPlan
 from workers.connector.scheduler import SchedulerSide
 from workers.connector.settings import MoverSettings
 from workers.connector.worker import WorkerSide
+from workers.transfer.fabric import Fabric
 
 
 @dataclass
@@ -57,8 +61,14 @@ class DynamoLiteConnector(KVConnectorBase_V1, SupportsHMA):
             channel.report(Hello(rank=-1))
         else:
             rank = get_tensor_model_parallel_rank()
-            settings = MoverSettings(rank, extra["staging"], extra["piece"], extra["window"], extra["timeout_s"])
-            self._worker = WorkerSide(f"{extra['incarnation']}:{rank}", settings, extra["threads"], channel)
+            settings = MoverSettings(
+                rank, extra["staging"], extra["piece"], extra["window"], extra["timeout_s"], extra["verify"]
+            )
+            ports = usable_ports(extra["transport"], rdma_ports(), extra["rdma_device"])
+            rdma = ports[0] if ports else None
+            name = f"{extra['incarnation']}:{rank}"
+            engine = partial(Fabric, name, extra["threads"], extra["transport"], rdma)
+            self._worker = WorkerSide(settings, engine, channel)
 
     # ---- scheduler ----
 

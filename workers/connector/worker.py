@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -11,7 +12,7 @@ from workers.connector.channel import ConnectorEnd
 from workers.connector.mover import Ended, Mover
 from workers.connector.protocol import Hello, StepPlan
 from workers.connector.settings import MoverSettings
-from workers.transfer.fabric import Fabric
+from workers.transfer.engine import PeerEngine
 from workers.transfer.layout import planes_of
 
 # How long an engine with nothing to compute sleeps in a step, unless a transfer ends; it would spin otherwise.
@@ -27,9 +28,8 @@ def _end_process(error: BaseException) -> None:
 class WorkerSide:
     """Called by vLLM's model runner, on its one thread."""
 
-    def __init__(self, name: str, settings: MoverSettings, threads: int, channel: ConnectorEnd) -> None:
-        """`name` is the transfer agent's: incarnation and rank."""
-        self._name, self._settings, self._threads, self._channel = name, settings, threads, channel
+    def __init__(self, settings: MoverSettings, start_engine: Callable[[], PeerEngine], channel: ConnectorEnd) -> None:
+        self._settings, self._start_engine, self._channel = settings, start_engine, channel
         self._mover: Mover | None = None
         self._plan = StepPlan()
         self._invalid: set[int] = set()
@@ -37,7 +37,7 @@ class WorkerSide:
     def register(self, kv_caches: dict[str, torch.Tensor], num_blocks: int) -> None:
         """The engine's KV memory exists: start the transfer engine and say hello. Raises Mismatch, TransferError."""
         planes = planes_of(kv_caches, num_blocks)
-        engine = Fabric(self._name, self._threads)
+        engine = self._start_engine()
         self._mover = Mover(engine, planes, self._settings, self._channel.report, _end_process)
         self._channel.listen(self._mover.command, self._mover.close)
         self._channel.report(

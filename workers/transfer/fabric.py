@@ -1,6 +1,6 @@
 """The transfer engine between workers: UCX through NIXL, and on one host memory that both sides address.
 
-`kv_transfer.transport` chooses: UCX is told by its environment (`dynamo_lite.plan.ucx_environment`), shared memory is
+`kv_transfer.transport` chooses: UCX is told by its environment (`dynamo_lite.transfer_plan`), shared memory is
 offered here unless the transport rules it out.
 """
 

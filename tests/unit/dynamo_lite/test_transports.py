@@ -6,7 +6,7 @@ import pytest
 
 from dynamo_lite import transports
 from dynamo_lite.rdma import RdmaPort, chosen_port, rdma_ports
-from dynamo_lite.transports import Transport, path_between
+from dynamo_lite.transports import Transport, path_between, usable_ports
 from tests.sysfs import add_port
 
 INFINIBAND = RdmaPort("mlx5_0", 1, "InfiniBand", "ACTIVE")
@@ -84,6 +84,10 @@ def test_a_device_means_its_first_port_unless_it_names_another() -> None:
     assert chosen_port(ports, "mlx5_7") is None
 
 
-def test_without_a_name_the_first_active_port_is_used() -> None:
-    assert chosen_port((DOWN, ROCE), None) == ROCE
-    assert chosen_port((DOWN,), None) is None
+def test_without_a_name_every_active_port_of_the_transports_kind_may_be_used() -> None:
+    ports = (INFINIBAND, ROCE, DOWN)
+    assert usable_ports("auto", ports, None) == (INFINIBAND, ROCE)
+    assert usable_ports("rdma", ports, None) == (INFINIBAND,)
+    assert usable_ports("roce", ports, None) == (ROCE,)
+    assert usable_ports("roce", ports, "mlx5_2") == (DOWN,)
+    assert usable_ports("tcp", ports, None) == ()
