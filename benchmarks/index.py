@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dynamo_lite import config
+from dynamo_lite.plane.layout import KvLayout
 from dynamo_lite.plane.wire import Fingerprint, Incarnation, InstanceRecord, Role
 from dynamo_lite.router.roster import Roster
 from dynamo_lite.router.router import Router
@@ -103,7 +104,7 @@ def filled(batches: list[KvEventBatch]) -> PrefixIndex:
 def router(work: Work) -> Router:
     """A router that knows 16 workers and the blocks of all prompts."""
     roster = Roster(lambda instance: None)
-    fingerprint = Fingerprint("m", "r", "float16", "float16", "HND", 16, 1, 1, "sim", "cpu")
+    fingerprint = Fingerprint("m", "r", "sim", "sim", KvLayout(1, 16, 1, 1, 1, 0, "float16", "NHD", "NHD"))
     for i in range(WORKERS):
         incarnation = Incarnation(f"w{i}")
         roster.join(InstanceRecord(f"decode-{i}", incarnation, Role.DECODE, "h", 1, "m", fingerprint, 10_000, 8192, 64))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import msgspec
 
+from dynamo_lite.plane.layout import KvLayout
 from dynamo_lite.plane.wire import Fingerprint, Incarnation, InstanceRecord, LoadReport, Role
 from dynamo_lite.router.roster import Instance, Roster
 from kvbm.events import BlocksStored, KvEventBatch, KvSnapshot
 
-FINGERPRINT = Fingerprint("tiny", "r1", "float32", "float32", "HND", 16, 1024, 1, "sim", "cpu:any")
+LAYOUT = KvLayout(2, 16, 2, 1, 4, 4, "float32", "NHKD", "NHKD")
+FINGERPRINT = Fingerprint("tiny", "r1", "sim", "sim", LAYOUT)
 
 
-def record(name: str, role: Role = Role.DECODE, **fingerprint: object) -> InstanceRecord:
+def record(name: str, role: Role = Role.DECODE, **layout: object) -> InstanceRecord:
     return InstanceRecord(
         name=name,
         incarnation=Incarnation(f"{name}-incarnation"),
@@ -19,7 +21,7 @@ def record(name: str, role: Role = Role.DECODE, **fingerprint: object) -> Instan
         host="localhost",
         pid=1,
         served_model="tiny",
-        fingerprint=msgspec.structs.replace(FINGERPRINT, **fingerprint),
+        fingerprint=msgspec.structs.replace(FINGERPRINT, layout=msgspec.structs.replace(LAYOUT, **layout)),
         kv_blocks=1000,
         max_model_len=4096,
         max_num_seqs=64,

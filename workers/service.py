@@ -68,7 +68,7 @@ def exchanges_kv(one: InstanceRecord, other: InstanceRecord) -> bool:
     if {one.role, other.role} != {Role.PREFILL, Role.DECODE}:
         return False
     prefill, decode = (one, other) if one.role is Role.PREFILL else (other, one)
-    return decode.fingerprint.mismatch(prefill.fingerprint) is None
+    return decode.fingerprint.problem_with(prefill.fingerprint) is None
 
 
 class Service:

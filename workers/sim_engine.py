@@ -86,7 +86,7 @@ class SimEngine:
             keys="NHD",
             values="NHD",
         )
-        fingerprint = Fingerprint(config.model, config.revision or "", BACKEND, layout)
+        fingerprint = Fingerprint(config.model, config.revision or "", BACKEND, BACKEND, layout)
         self._block_bytes = fingerprint.block_bytes
         # The engine outlives every task group of the worker, as a real one (a process) does; close() ends it.
         self._loop = asyncio.get_running_loop().create_task(self._guarded())

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-import torch
 import vllm
 from vllm.config import KVEventsConfig, KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -166,9 +165,10 @@ class VllmEngine:
         self._feed = KvFeed(self._channel.endpoint("events"), self._channel.endpoint("replay"))
         hello = self._hellos[0]
         self._blocks = hello.kv_blocks
-        self._block_bytes = hello.block_bytes * self._ranks
+        fingerprint = self._fingerprint(hello)
+        self._block_bytes = fingerprint.block_bytes * self._ranks
         return EngineInfo(
-            self._fingerprint(hello),
+            fingerprint,
             hello.kv_blocks,
             self._config.model_config.max_model_len,
             self._workers.max_num_seqs,
@@ -176,21 +176,9 @@ class VllmEngine:
         )
 
     def _fingerprint(self, hello: Hello) -> Fingerprint:
-        model = self._config.model_config
-        cpu = hello.device == "cpu"
-        return Fingerprint(
-            model=self._spec.config.model,
-            revision=self._spec.config.revision or "",
-            dtype=str(model.dtype).removeprefix("torch."),
-            kv_dtype=str(self._config.cache_config.cache_dtype),
-            kv_layout=hello.kv_layout,
-            block_size=self._config.cache_config.block_size,
-            block_bytes=hello.block_bytes,
-            tensor_parallel=self._ranks,
-            engine="vllm",
-            # vLLM's CPU attention packs keys and values for the instruction set.
-            device=f"cpu:{torch.backends.cpu.get_cpu_capability()}" if cpu else hello.device,
-        )
+        assert hello.layout is not None, "a rank's connector says how its KV lies"
+        config = self._spec.config
+        return Fingerprint(config.model, config.revision or "", "vllm", hello.device, hello.layout)
 
     async def failed(self) -> str:
         while not self._engine.errored:  # noqa: ASYNC110  # vLLM offers a flag, no event

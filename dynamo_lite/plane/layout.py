@@ -1,6 +1,6 @@
 """How a worker's KV lies in memory, what two workers can exchange, and which heads go from which rank to which.
 
-Pure: no torch, no I/O. The transfer engine converts what differs where it gathers; `exchange_problem` says what it cannot.
+Pure: no torch, no I/O. What differs is converted where it is gathered; `exchange_problem` says what cannot be.
 
 An *order* names the dimensions of a row (one block of one layer), outermost first: N tokens, H heads, D the values of
 one head, and K the pair of keys and values where they lie in one row. vLLM's CUDA backends have "NHKD" or "HNKD" for

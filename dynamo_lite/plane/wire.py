@@ -14,6 +14,7 @@ import msgspec
 
 from dynamo_lite import errors
 from dynamo_lite.errors import DynamoError, ProtocolMismatch
+from dynamo_lite.plane.layout import KvLayout, exchange_problem
 
 PROTOCOL = 1
 Scalar = str | int | float
@@ -34,25 +35,32 @@ class Role(StrEnum):
 
 
 class Fingerprint(msgspec.Struct, frozen=True):
-    """What must agree for two workers to exchange KV."""
+    """What decides whether two workers can exchange KV."""
 
     model: str
     revision: str
-    dtype: str
-    kv_dtype: str
-    kv_layout: str
-    block_size: int  # tokens
-    block_bytes: int  # KV bytes of one block over all layers, per rank
-    tensor_parallel: int
     engine: str  # "vllm" | "sim"
-    device: str  # "cpu:<isa>" | "cuda": CPU KV is packed for the instruction set
+    device: str  # "cpu" | "cuda" | "sim"
+    layout: KvLayout
 
-    def mismatch(self, other: Fingerprint) -> str | None:
-        """A sentence naming both sides of the first difference, or None when KV can be exchanged."""
-        for field in self.__struct_fields__:
-            mine, theirs = getattr(self, field), getattr(other, field)
-            if mine != theirs:
-                return f"{field} differs: {mine} here, {theirs} there"
+    @property
+    def block_size(self) -> int:
+        """Tokens."""
+        return self.layout.block_size
+
+    @property
+    def block_bytes(self) -> int:
+        """KV bytes of one block over all layers, per rank."""
+        return self.layout.block_bytes
+
+    def problem_with(self, prefill: Fingerprint) -> str | None:
+        """A sentence, naming both sides, on why this worker cannot take KV from that one; None when it can."""
+        for field in ("engine", "device", "model", "revision"):
+            theirs, mine = getattr(prefill, field), getattr(self, field)
+            if theirs != mine:
+                return f"the prefill worker's {field} is {theirs!r}, the decode worker's {mine!r}"
+        if prefill.layout != self.layout:
+            return exchange_problem(prefill.layout, self.layout) or "the two workers' KV lies differently"
         return None
 
 

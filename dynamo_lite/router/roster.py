@@ -43,7 +43,7 @@ class Roster:
         self.index = PrefixIndex()
         self._instances: dict[Incarnation, Instance] = {}
         self._ask_snapshot = ask_snapshot
-        self._mismatches: dict[tuple[Fingerprint, Fingerprint], str | None] = {}
+        self._problems: dict[tuple[Fingerprint, Fingerprint], str | None] = {}
         self._watching: set[asyncio.Event] = set()
 
     def __contains__(self, incarnation: Incarnation) -> bool:
@@ -161,11 +161,11 @@ class Roster:
 
     def _compatible(self, decode: InstanceRecord, prefill: InstanceRecord) -> bool:
         pair = (decode.fingerprint, prefill.fingerprint)
-        if pair not in self._mismatches:
-            self._mismatches[pair] = mismatch = decode.fingerprint.mismatch(prefill.fingerprint)
-            if mismatch:
-                log.warning("%s cannot take KV from %s: %s", decode.name, prefill.name, mismatch)
-        return self._mismatches[pair] is None
+        if pair not in self._problems:
+            self._problems[pair] = problem = decode.fingerprint.problem_with(prefill.fingerprint)
+            if problem:
+                log.warning("%s cannot take KV from %s: %s", decode.name, prefill.name, problem)
+        return self._problems[pair] is None
 
     def _count_workers(self) -> None:
         roles: Iterable[Role] = [each.record.role for each in self._instances.values()]

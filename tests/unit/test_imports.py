@@ -46,6 +46,7 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "nats": ("dynamo_lite.plane.bus",),
     "etcd3aio": ("dynamo_lite.plane.discovery",),
     "torch": ("workers",),
+    "triton": ("workers.transfer.triton_pack",),
     "transformers": ("dynamo_lite.frontend.tokens",),  # lazily, for models that need it
     "pickle": (),
     "dill": (),

@@ -32,6 +32,7 @@ from workers.connector.scheduler import SchedulerSide
 from workers.connector.settings import MoverSettings
 from workers.connector.worker import WorkerSide
 from workers.transfer.fabric import Fabric
+from workers.transfer.layout import ModelKv
 
 
 @dataclass
@@ -39,6 +40,16 @@ class StepMetadata(KVConnectorMetadata):
     """A step's plan in the wrapper that vLLM passes from scheduler to workers."""
 
     plan: StepPlan = field(default_factory=StepPlan)
+
+
+def _model_kv(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> ModelKv:
+    cache_dtype: str = vllm_config.cache_config.cache_dtype
+    return ModelKv(
+        kv_heads=vllm_config.model_config.get_total_num_kv_heads(),
+        tensor_parallel=vllm_config.parallel_config.tensor_parallel_size,
+        key_size=kv_cache_config.kv_cache_groups[0].kv_cache_spec.head_size,
+        dtype=cache_dtype if cache_dtype.startswith("fp8") else "",
+    )
 
 
 class DynamoLiteConnector(KVConnectorBase_V1, SupportsHMA):
@@ -52,6 +63,8 @@ class DynamoLiteConnector(KVConnectorBase_V1, SupportsHMA):
         extra: dict[str, Any] = vllm_config.kv_transfer_config.kv_connector_extra_config
         channel = ConnectorEnd(extra["channel"])
         self._blocks: int = kv_cache_config.num_blocks
+        self._kv_cache_dtype: str = vllm_config.cache_config.cache_dtype
+        self._model_kv = _model_kv(vllm_config, kv_cache_config)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._channel = channel
@@ -104,7 +117,12 @@ class DynamoLiteConnector(KVConnectorBase_V1, SupportsHMA):
         return self._worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._works.register(kv_caches, self._blocks)
+        model, cache = self._model_kv, next(iter(kv_caches.values()))
+        if cache.device.type == "cpu":
+            from workers.connector.packing import packing  # noqa: PLC0415  # CUDA builds have no CPU attention
+
+            model = packing(cache, self._kv_cache_dtype, model)
+        self._works.register(kv_caches, self._blocks, model)
 
     def bind_connector_metadata(self, connector_metadata: StepMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from dynamo_lite.plane.layout import KvLayout
 from dynamo_lite.plane.wire import PushTarget, RankTarget
 
 # Keys of SamplingParams.extra_args["kv_transfer_params"], set by the worker process.
@@ -25,8 +26,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
     rank: int
     kv_blocks: int = 0
-    block_bytes: int = 0
-    kv_layout: str = ""
+    layout: KvLayout | None = None
     device: str = ""
     backend: str = ""
     agent: bytes = b""  # the transfer agent's metadata, for other workers

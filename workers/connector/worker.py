@@ -13,7 +13,7 @@ from workers.connector.mover import Ended, Mover
 from workers.connector.protocol import Hello, StepPlan
 from workers.connector.settings import MoverSettings
 from workers.transfer.engine import PeerEngine
-from workers.transfer.layout import planes_of
+from workers.transfer.layout import ModelKv, planes_of
 
 # How long an engine with nothing to compute sleeps in a step, unless a transfer ends; it would spin otherwise.
 _IDLE_STEP_S = 0.002
@@ -34,9 +34,9 @@ class WorkerSide:
         self._plan = StepPlan()
         self._invalid: set[int] = set()
 
-    def register(self, kv_caches: dict[str, torch.Tensor], num_blocks: int) -> None:
+    def register(self, kv_caches: dict[str, torch.Tensor], num_blocks: int, model: ModelKv) -> None:
         """The engine's KV memory exists: start the transfer engine and say hello. Raises Mismatch, TransferError."""
-        planes = planes_of(kv_caches, num_blocks)
+        planes = planes_of(kv_caches, num_blocks, model)
         engine = self._start_engine()
         self._mover = Mover(engine, planes, self._settings, self._channel.report, _end_process)
         self._channel.listen(self._mover.command, self._mover.close)
@@ -44,8 +44,7 @@ class WorkerSide:
             Hello(
                 rank=self._settings.rank,
                 kv_blocks=num_blocks,
-                block_bytes=planes.block_bytes,
-                kv_layout=planes.layout,
+                layout=planes.layout,
                 device=planes.device.type,
                 backend=engine.backend,
                 agent=self._mover.agent,

@@ -1,75 +1,115 @@
 """Gather blocks of all planes into one contiguous piece, and scatter a piece back.
 
-A piece holds, plane after plane, the rows of its blocks: `[planes][count][row_bytes]`.
+A piece is always in the receiver's own form, for the heads that both ranks have: it holds, plane after plane, the rows
+of its blocks. Where the two layouts agree that is a copy of rows; where they do not, the sender converts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 
+from dynamo_lite.plane.layout import KvLayout, Runs, runs
+from workers.transfer.convert import Conversion
 from workers.transfer.layout import Planes
+from workers.transfer.ready import Ready
+from workers.transfer.rows import Rows, TorchRows
+from workers.transfer.span import BlockIds, Span
 
 
-class Ready:
-    """A point in the engine's work after which the blocks it computed may be read (CUDA runs behind the CPU)."""
+class Outlet:
+    """What one rank sends to one rank of a peer: gathers pieces in the peer's form."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._event = torch.cuda.Event() if device.type == "cuda" else None
-        if self._event is not None:
-            self._event.record()
+    def __init__(self, copier: Copier, rows: Rows | Conversion, layout: KvLayout) -> None:
+        self._copier, self._rows = copier, rows
+        self.block_bytes = rows.block_bytes  # of one block of the peer's in a piece
+        self.block_size = layout.block_size  # the peer's, in tokens
 
-    def before(self, stream: torch.cuda.Stream) -> None:
-        if self._event is not None:
-            stream.wait_event(self._event)
+    def gather(self, span: Span, piece: torch.Tensor, ready: Ready) -> int:
+        """Copy the span, which begins where a block of the peer's does, once `ready`; returns the bytes used."""
+        with self._copier.copying(ready):
+            ids = self._copier.index(span.block_ids)
+            if isinstance(self._rows, Conversion):
+                self._rows.gather(span, ids, piece)
+            else:
+                self._rows.gather(ids, piece)
+        return self.block_bytes * -(-span.tokens // self.block_size)
 
 
 class Copier:
-    """Copies between planes and pieces, on a CUDA stream of its own; every call returns with the copy done."""
+    """Copies between a rank's planes and pieces, on a CUDA stream of its own; every call returns with the copy done."""
 
-    def __init__(self, planes: Planes) -> None:
-        # Words of 8 bytes where rows divide into them: torch scatters element by element, 6 × slower with bytes.
-        self._word = torch.int64 if all(plane.shape[1] % 8 == 0 for plane in planes.planes) else torch.uint8
-        self._planes = [plane.view(self._word) for plane in planes.planes]
-        self._device = planes.device
-        self.block_bytes = planes.block_bytes
+    def __init__(self, planes: Planes, rank: int = 0) -> None:
+        self._planes, self._rank, self._device = planes, rank, planes.device
         self._stream = torch.cuda.Stream(planes.device) if planes.device.type == "cuda" else None
+        self._parts: dict[range, Rows] = {}
+        self._outlets: dict[tuple[KvLayout, range], Outlet] = {}
+        self.layout = planes.layout
+        self.heads = planes.layout.heads(rank)  # of the model
+        self.block_bytes = planes.block_bytes
 
-    def gather(self, block_ids: Sequence[int], piece: torch.Tensor, ready: Ready) -> int:
+    def outlet(self, peer: KvLayout, heads: range) -> Outlet:
+        """Towards a rank of a peer that takes these of our heads. No `exchange_problem` stands between the layouts."""
+        found = self._outlets.get((peer, heads))
+        if found is None:
+            own = self.layout
+            alike = (own.block_size, own.dtype, own.keys, own.values) == (
+                peer.block_size, peer.dtype, peer.keys, peer.values,
+            )  # fmt: skip
+            rows = self._part(heads) if alike else Conversion(self._planes, self._rank, peer, heads)
+            found = self._outlets[peer, heads] = Outlet(self, rows, peer)
+        return found
+
+    def gather(self, block_ids: Sequence[int] | BlockIds, piece: torch.Tensor, ready: Ready) -> int:
         """Copy the blocks' rows into `piece` (uint8, long enough), once `ready`; returns the bytes used."""
-        with self._on_stream():
-            if self._stream is not None:
-                ready.before(self._stream)
-            ids = self._index(block_ids)
-            for plane, part in zip(self._planes, self._parts(piece, len(block_ids)), strict=True):
-                torch.index_select(plane, 0, ids, out=part)
-        self._wait()
+        with self.copying(ready):
+            self._part(self.heads).gather(self.index(block_ids), piece)
         return self.block_bytes * len(block_ids)
 
-    def scatter(self, block_ids: Sequence[int], piece: torch.Tensor) -> None:
-        """Copy a piece that `gather` made into the blocks' rows."""
-        with self._on_stream():
-            ids = self._index(block_ids)
-            for plane, part in zip(self._planes, self._parts(piece, len(block_ids)), strict=True):
-                plane.index_copy_(0, ids, part)
-        self._wait()
+    def scatter(self, block_ids: Sequence[int] | BlockIds, piece: torch.Tensor, heads: range | None = None) -> None:
+        """Copy a piece of these heads (all of this rank's, if not given) into the blocks' rows."""
+        with self.copying():
+            self._part(heads or self.heads).scatter(self.index(block_ids), piece)
 
-    def _parts(self, piece: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
-        """The piece's bytes, as one `[count, row]` tensor of words per plane."""
-        offset = 0
-        for plane in self._planes:
-            size = count * plane.shape[1] * plane.element_size()
-            yield piece[offset : offset + size].view(self._word).view(count, -1)
-            offset += size
+    def index(self, block_ids: Sequence[int] | BlockIds) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(block_ids, dtype=np.int64)).to(self._device)
 
-    def _index(self, block_ids: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(block_ids, dtype=torch.int64, device=self._device)
+    def copying(self, ready: Ready | None = None) -> _Copying | nullcontext[None]:
+        """What is done inside happens after `ready`, and is over at the end."""
+        return nullcontext() if self._stream is None else _Copying(self._stream, ready)
 
-    def _on_stream(self) -> torch.cuda.StreamContext | nullcontext[None]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+    def _part(self, heads: range) -> Rows:
+        found = self._parts.get(heads)
+        if found is None:
+            each = runs(self.layout, self._rank, heads)
+            found = self._parts[heads] = _rows(self._planes, each * self.layout.layers)
+        return found
 
-    def _wait(self) -> None:
-        if self._stream is not None:
-            self._stream.synchronize()
+
+class _Copying:
+    """A stream as a context, waited for at the end."""
+
+    def __init__(self, stream: torch.cuda.Stream, ready: Ready | None) -> None:
+        self._stream, self._ready = stream, ready
+        self._context = torch.cuda.stream(stream)
+
+    def __enter__(self) -> None:
+        self._context.__enter__()
+        if self._ready is not None:
+            self._ready.before(self._stream)
+
+    def __exit__(self, *error: object) -> None:
+        self._context.__exit__(*error)
+        self._stream.synchronize()
+
+
+def _rows(planes: Planes, where: Sequence[Runs]) -> Rows:
+    if planes.device.type == "cuda":
+        from workers.transfer import triton_pack  # noqa: PLC0415  # CPU installs have no Triton
+
+        if triton_pack.fits(planes.planes, where):
+            return triton_pack.TritonRows(planes.planes, where)
+    return TorchRows(planes.planes, where)

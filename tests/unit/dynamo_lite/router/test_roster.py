@@ -115,11 +115,13 @@ def test_a_draining_worker_gets_nothing() -> None:
 
 def test_prefill_candidates_are_compatible_and_least_loaded_first(caplog: pytest.LogCaptureFixture) -> None:
     p0, p1 = record("prefill-0", Role.PREFILL), record("prefill-1", Role.PREFILL)
-    other = record("prefill-2", Role.PREFILL, dtype="bfloat16")
+    other = record("prefill-2", Role.PREFILL, dtype="fp8_e4m3")
     workers = roster(D0, p0, p1, other)
     workers.take_report(report(p0, 1, used=30, running=2))
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert [each.record for each in workers.prefillers(instance(workers, D0))] == [p1, p0]
     said = [line.getMessage() for line in caplog.records]
-    assert said == ["decode-0 cannot take KV from prefill-2: dtype differs: float32 here, bfloat16 there"]
+    assert said == [
+        "decode-0 cannot take KV from prefill-2: the prefill worker stores KV as fp8_e4m3, the decode worker as float32"
+    ]

@@ -1,0 +1,81 @@
+"""Rows of all planes copied to or from a piece by one CUDA kernel. Imported only where there is a GPU, and Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from dynamo_lite.plane.layout import Runs
+
+_WORD = 8  # bytes; a thread copies two at once where everything is aligned to 16
+_CHUNK = 2048  # words a program copies
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]  # Triton is not there where mypy runs
+def _copy(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913, PLR0917
+    bases,  # noqa: ANN001  # int64 [planes]: address of the first run of each plane's row 0
+    strides,  # noqa: ANN001  # int64 [planes]: bytes from one row to the next
+    ids,  # noqa: ANN001  # int64 [count]
+    piece,  # noqa: ANN001  # int64 [planes, count, ROW]
+    count,  # noqa: ANN001
+    ROW: tl.constexpr,  # noqa: N803  # words of a block in each plane
+    RUN: tl.constexpr,  # noqa: N803  # words of a run
+    PITCH: tl.constexpr,  # noqa: N803  # words from one run to the next
+    CHUNK: tl.constexpr,  # noqa: N803
+    SCATTER: tl.constexpr,  # noqa: N803
+):
+    chunks: tl.constexpr = (ROW + CHUNK - 1) // CHUNK
+    block = tl.program_id(0) // chunks
+    plane = tl.program_id(1)
+    word = (tl.program_id(0) % chunks) * CHUNK + tl.arange(0, CHUNK)
+    there = word < ROW
+    at = word if RUN == ROW else (word // RUN) * PITCH + word % RUN
+    row = tl.load(bases + plane) + tl.load(ids + block) * tl.load(strides + plane)
+    rows = row.to(tl.pointer_type(tl.int64)) + at
+    rows = tl.max_contiguous(tl.multiple_of(rows, 16), 2)
+    pieces = piece + (plane.to(tl.int64) * count + block) * ROW + word
+    pieces = tl.max_contiguous(tl.multiple_of(pieces, 16), 2)
+    if SCATTER:
+        tl.store(rows, tl.load(pieces, mask=there), mask=there)
+    else:
+        tl.store(pieces, tl.load(rows, mask=there), mask=there)
+
+
+def fits(planes: Sequence[torch.Tensor], where: Sequence[Runs]) -> bool:
+    """Whether the kernel can copy these: one shape of row in all planes, everything aligned to 16 bytes."""
+    shapes = {(runs.size, runs.pitch, runs.count) for runs in where}
+    numbers = [(plane.data_ptr() + runs.start, plane.stride(0)) for plane, runs in zip(planes, where, strict=True)]
+    return len(shapes) == 1 and all(number % 16 == 0 for pair in [*numbers, *shapes] for number in pair[:2])
+
+
+class TritonRows:
+    """See `workers.transfer.rows.Rows`. Works on torch's current stream."""
+
+    def __init__(self, planes: Sequence[torch.Tensor], where: Sequence[Runs]) -> None:
+        """What `fits`. The planes must outlive this."""
+        device = planes[0].device
+        addresses = [plane.data_ptr() + runs.start for plane, runs in zip(planes, where, strict=True)]
+        self._bases = torch.tensor(addresses, dtype=torch.int64, device=device)
+        self._strides = torch.tensor([plane.stride(0) for plane in planes], dtype=torch.int64, device=device)
+        self._run, self._pitch = where[0].size // _WORD, where[0].pitch // _WORD
+        self._row = self._run * where[0].count
+        self.block_bytes = len(planes) * self._row * _WORD
+
+    def gather(self, ids: torch.Tensor, piece: torch.Tensor) -> None:
+        self._launch(ids, piece, scatter=False)
+
+    def scatter(self, ids: torch.Tensor, piece: torch.Tensor) -> None:
+        self._launch(ids, piece, scatter=True)
+
+    def _launch(self, ids: torch.Tensor, piece: torch.Tensor, *, scatter: bool) -> None:
+        assert piece.data_ptr() % 16 == 0, "a piece begins at a multiple of 16 bytes"
+        words = piece[: self.block_bytes * len(ids)].view(torch.int64)
+        chunk = min(_CHUNK, triton.next_power_of_2(self._row))
+        grid = (len(ids) * triton.cdiv(self._row, chunk), len(self._bases))
+        _copy[grid](
+            self._bases, self._strides, ids, words, len(ids),
+            ROW=self._row, RUN=self._run, PITCH=self._pitch, CHUNK=chunk, SCATTER=scatter,
+        )  # fmt: skip
