@@ -6,6 +6,10 @@ TransferError
 ├── Frozen            this process stood still for too long
 ├── StaleIncarnation  the address is another process's by now
 ├── Corrupt           the bytes that arrived are not those that were sent
+├── NoSpace           the volume has no room for it
+├── Denied            the volume or the store does not let us
+├── NotFound          no such file, object or bucket
+├── Unreachable       the store does not answer
 └── Mismatch          the two sides cannot exchange KV
 """
 
@@ -52,3 +56,27 @@ class Corrupt(TransferError):
     """A piece's bytes are not those that were sent."""
 
     cause = "corrupt"
+
+
+class NoSpace(TransferError):
+    """The volume has no room for it, or the file would be larger than it may be."""
+
+    cause = "no_space"
+
+
+class Denied(TransferError):
+    """The volume or the store does not let us: permissions, read-only, credentials."""
+
+    cause = "denied"
+
+
+class NotFound(TransferError):
+    """There is no such file, object or bucket."""
+
+    cause = "not_found"
+
+
+class Unreachable(TransferError):
+    """The store does not answer."""
+
+    cause = "unreachable"
