@@ -77,6 +77,7 @@ class Mover:
         """`report` and `on_bug` are called on the mover's thread; the latter when it ends by an error of ours."""
         slot_bytes = max(settings.piece // planes.block_bytes, 1) * planes.block_bytes
         copier = Copier(planes)
+        copier.warm()  # before vLLM captures its CUDA graphs, which nobody may disturb
         self._engine, self._report, self._settings, self._on_bug = engine, report, settings, on_bug
         self._device = planes.device
         outgoing = Staging(engine, settings.staging, slot_bytes, planes.device)
@@ -251,7 +252,7 @@ class Mover:
         for engine_id in step.cancelled_pushes:
             self._sender.cancel(engine_id, "cancelled")
         for receive in step.receives:
-            self._receiver.plan(receive)
+            self._receiver.plan(receive, ready)
         for push in step.pushes:
             self._sender.step(push, ready)
 

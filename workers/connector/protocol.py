@@ -12,6 +12,7 @@ import msgspec
 
 from dynamo_lite.plane.layout import KvLayout
 from dynamo_lite.plane.wire import PushTarget, RankTarget
+from workers.transfer.ready import Ready
 
 # Keys of SamplingParams.extra_args["kv_transfer_params"], set by the worker process.
 REQUEST_ID = "dynamo_lite.request_id"
@@ -207,6 +208,7 @@ class ReceivePlan:
     block_ids: list[int]  # destination, in prompt order
     first_block: int  # index in the prompt of block_ids[0]
     transfer_id: int  # of the first attempt; every further one adds 1. The same on all ranks
+    ready: Ready | None = None  # set by the mover: the blocks may be written
 
 
 @dataclass(slots=True)

@@ -86,7 +86,9 @@ class Receiver:
 
     # ---- asked by the scheduler and the worker process ----
 
-    def plan(self, plan: ReceivePlan) -> None:
+    def plan(self, plan: ReceivePlan, ready: Ready) -> None:
+        """`ready`: the engine's earlier work, which may still use those blocks, is done."""
+        plan = replace(plan, ready=ready)
         self._waiting.append((plan, time.monotonic() + self._patience_s))
         self._open_waiting()
 
@@ -173,7 +175,7 @@ class Receiver:
             self._meet(receive, piece.agent)
         receive.pieces += 1
         part = slice(piece.first, piece.first + piece.count)
-        self._copier.scatter(receive.plan.block_ids[part], self._staging.bytes_of(piece.slot))
+        self._copier.scatter(receive.plan.block_ids[part], self._staging.bytes_of(piece.slot), ready=receive.plan.ready)
         if piece.checksum is not None and not self._verified(receive.plan.block_ids[part], piece.checksum):
             self._refuse(receive)
             return

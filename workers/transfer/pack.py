@@ -69,10 +69,20 @@ class Copier:
             self._part(self.heads).gather(self.index(block_ids), piece)
         return self.block_bytes * len(block_ids)
 
-    def scatter(self, block_ids: Sequence[int] | BlockIds, piece: torch.Tensor, heads: range | None = None) -> None:
-        """Copy a piece of these heads (all of this rank's, if not given) into the blocks' rows."""
-        with self.copying():
+    def scatter(
+        self, block_ids: Sequence[int] | BlockIds, piece: torch.Tensor, heads: range | None = None,
+        ready: Ready | None = None,
+    ) -> None:  # fmt: skip
+        """Copy a piece of these heads (all of this rank's, if not given) into the blocks' rows, once `ready`."""
+        with self.copying(ready):
             self._part(heads or self.heads).scatter(self.index(block_ids), piece)
+
+    def warm(self) -> None:
+        """Have the kernels compiled now, rather than in the first transfer; block 0 keeps its content."""
+        if self._stream is not None:
+            piece = torch.empty(self.block_bytes, dtype=torch.uint8, device=self._device)
+            self.gather([0], piece, Ready(self._device))
+            self.scatter([0], piece)
 
     def index(self, block_ids: Sequence[int] | BlockIds) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(block_ids, dtype=np.int64)).to(self._device)
