@@ -63,7 +63,7 @@ class Rank:
         self.caches = [cache(layout, blocks) for _ in range(layout.layers)]
         generator = torch.Generator().manual_seed(seed)
         for each in self.caches:
-            each.copy_(torch.randint(1, 100, each.shape, generator=generator))
+            each.copy_(torch.randint(1, 100, each.shape, generator=generator, device="cpu"))
         model = ModelKv(
             kv_heads=layout.kv_heads,
             tensor_parallel=layout.tensor_parallel,
