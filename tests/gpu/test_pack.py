@@ -79,7 +79,7 @@ def test_conversion_on_the_gpu_gives_what_it_gives_on_the_cpu(order: str) -> Non
 
 def milliseconds(copy: Callable[[], object], rounds: int = 30) -> float:
     """The shortest of some rounds, on the GPU's clock."""
-    times = []
+    times: list[float] = []
     for _ in range(rounds):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
