@@ -24,6 +24,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "dynamo_lite.tasks",
         "dynamo_lite.processes",
         "dynamo_lite.rdma",
+        "dynamo_lite.transfer_plan",
         "dynamo_lite.transports",
         "kvbm",
     ),
