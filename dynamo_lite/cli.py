@@ -77,23 +77,42 @@ def check(file: File, set_: Overrides = None) -> None:
         typer.echo(describe(_plan(file, set_ or [])), nl=False)
 
 
-@app.command("metadata-server")
+SEVERAL = """
+\b
+Every host's file names it:
+  kv_transfer: {metadata_server: "tcp://HOST:5557"}
+
+\b
+Two, independent of each other, survive the loss of one. Workers register with each:
+  kv_transfer: {metadata_server: ["tcp://A:5557", "tcp://B:5557"]}
+
+\b
+From three hosts on, an etcd cluster of your own does it too:
+  etcd: {endpoints: ["http://A:2379", "http://B:2379", "http://C:2379"]}
+"""
+
+
+@app.command("metadata-server", epilog=SEVERAL)
 def metadata_server(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 lets the system choose.")] = 5557,
     host: Annotated[
         str, typer.Option(help="An address of this machine; 0.0.0.0 opens it to the network.")
     ] = "127.0.0.1",
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Its data and log, kept between starts.  [default: in the user's cache]")
+    ] = None,
 ) -> None:
-    """Run a discovery service for several hosts.
+    """Run a discovery service, through which workers and frontends of several hosts find each other.
 
-    It is an etcd; kv_transfer.metadata_server in each host's file points at it.
+    It is an etcd, without password or encryption: keep it inside a trusted network. It prints its address once it
+    serves, and ends on Ctrl-C or SIGTERM.
     """
     from dynamo_lite.embedded import run_metadata_server  # noqa: PLC0415
     from dynamo_lite.telemetry import setup_logging  # noqa: PLC0415
 
     setup_logging("info", "metadata-server")
     with _errors():
-        folder = _cache(os.environ) / "metadata-server" / str(port)
+        folder = data_dir or _cache(os.environ) / "metadata-server" / str(port)
         asyncio.run(run_metadata_server(host, port, folder, lambda url: typer.echo(f"Ready: metadata_server: {url}")))
 
 

@@ -42,6 +42,11 @@ def check_address(value: str, schemes: tuple[str, ...]) -> str:
     return value
 
 
+def one_or_several(value: object) -> object:
+    """A single text where a list may be given; pydantic refuses anything else."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 MetadataAddress = Annotated[str, AfterValidator(lambda value: check_address(value, ("tcp", "http", "https")))]
@@ -57,7 +62,7 @@ class KvTransfer(Model):
     """How KV moves between workers."""
 
     backend: Literal["nixl"] = "nixl"
-    metadata_server: MetadataAddress | None = None  # address of the discovery service (etcd): tcp://host:port
+    metadata_server: Annotated[tuple[MetadataAddress, ...], BeforeValidator(one_or_several)] = ()  # independent etcds
     transport: Transport = "auto"
     rdma_device: str | None = None  # e.g. mlx5_0; becomes UCX_NET_DEVICES
     gid_index: Annotated[int, Field(ge=0, le=255)] | None = None  # of a RoCE port
@@ -198,10 +203,13 @@ class Config(Model):
     @property
     def etcd_endpoints(self) -> tuple[str, ...]:
         """Existing etcd endpoints; empty when one is to be embedded."""
-        server = self.kv_transfer.metadata_server
-        if self.etcd.endpoints or server is None:
-            return self.etcd.endpoints
-        return (server.replace("tcp:", "http:", 1),)
+        servers = self.kv_transfer.metadata_server
+        return self.etcd.endpoints or tuple(server.replace("tcp:", "http:", 1) for server in servers)
+
+    @property
+    def etcds_are_independent(self) -> bool:
+        """Several metadata servers know nothing of each other; several endpoints of etcd are one cluster."""
+        return not self.etcd.endpoints and len(self.kv_transfer.metadata_server) > 1
 
 
 class NatsAddress(Model):
@@ -217,6 +225,7 @@ class EtcdAddress(Model):
     """How a process reaches etcd, resolved."""
 
     endpoints: tuple[str, ...]
+    independent: bool = False  # each endpoint is a server of its own, not a member of one cluster
     user: str | None = None
     password: str | None = None
     ca_cert: Path | None = None

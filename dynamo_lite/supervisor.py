@@ -133,6 +133,7 @@ class Supervisor:
         await self._reachable("etcd", *endpoints)
         return EtcdAddress(
             endpoints=endpoints,
+            independent=config.etcds_are_independent,
             user=given.user,
             password=given.password,
             ca_cert=given.ca_cert,

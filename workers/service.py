@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from dynamo_lite.config import ProcessSpec
 from dynamo_lite.errors import ProtocolMismatch, WorkerError, WorkerLost
 from dynamo_lite.plane.bus import Bus, Message, Subscription
-from dynamo_lite.plane.discovery import Discovery
+from dynamo_lite.plane.discovery_set import Registry
 from dynamo_lite.plane.wire import Cancel, Incarnation, InstanceRecord, Pong, Role, Subjects, decode, encode
 from dynamo_lite.status import Phase
 from workers.deltas import DeltaSender
@@ -103,7 +103,7 @@ class Service:
         self._reports.prefills = lambda: self._prefills.served
         self._intake: list[Subscription] = []  # subjects that bring new work
 
-    async def run(self, discovery: Discovery, stop: asyncio.Event, phase: Callable[[Phase], None]) -> None:
+    async def run(self, discovery: Registry, stop: asyncio.Event, phase: Callable[[Phase], None]) -> None:
         """Returns once drained after `stop`; raises WorkerError when the engine died."""
         for loop in (self._deltas.run(), self._reports.publish_events(), self._reports.publish_load()):
             self._group.create_task(loop)

@@ -17,8 +17,8 @@ import uvloop
 
 from dynamo_lite.config import ProcessSpec
 from dynamo_lite.errors import DynamoError, StartError
+from dynamo_lite.plane import discovery_set
 from dynamo_lite.plane.bus import Bus
-from dynamo_lite.plane.discovery import Discovery
 from dynamo_lite.plane.wire import Incarnation, RequestId, Role, Sampling
 from dynamo_lite.status import Phase, Status
 from dynamo_lite.tasks import background
@@ -108,7 +108,7 @@ class Worker:
             stack.enter_context(tracing(config.telemetry.traces, self._spec.name))
             url = await stack.enter_async_context(metrics_server()) if config.telemetry.metrics else ""
             bus = await stack.enter_async_context(Bus.connect(self._spec.nats, self._spec.name))
-            discovery = await stack.enter_async_context(Discovery.connect(self._spec.etcd, config.namespace))
+            discovery = await stack.enter_async_context(discovery_set.connect(self._spec.etcd, config.namespace))
             async with scope() as group:
                 service = Service(
                     self._spec,

@@ -27,8 +27,8 @@ from dynamo_lite.frontend.metrics import ModelMetrics
 from dynamo_lite.frontend.routes import build_app
 from dynamo_lite.frontend.tokens import load_tokens
 from dynamo_lite.listening import Port
+from dynamo_lite.plane import discovery_set
 from dynamo_lite.plane.bus import Bus
-from dynamo_lite.plane.discovery import Discovery
 from dynamo_lite.plane.wire import Role, Subjects
 from dynamo_lite.router.fleet import Fleet
 from dynamo_lite.router.router import Router
@@ -107,7 +107,7 @@ async def serving(spec: ProcessSpec) -> AsyncIterator[tuple[FastAPI, Backend]]:
     tokens = load_tokens(spec.model_path, config.frontend.chat_template)
     async with AsyncExitStack() as stack:
         bus = await stack.enter_async_context(Bus.connect(spec.nats, spec.name))
-        discovery = await stack.enter_async_context(Discovery.connect(spec.etcd, config.namespace))
+        discovery = await stack.enter_async_context(discovery_set.connect(spec.etcd, config.namespace))
         group = await stack.enter_async_context(asyncio.TaskGroup())
         fleet = await stack.enter_async_context(Fleet.open(bus, discovery, subjects, group))
         backend = await stack.enter_async_context(Backend.open(bus, subjects, fleet, Router(fleet, config.router)))

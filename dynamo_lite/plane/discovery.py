@@ -66,7 +66,8 @@ class Membership:
         while not condition(self.instances):
             await self._change.wait()
 
-    def _set(self, incarnation: Incarnation, record: InstanceRecord | None) -> None:
+    def set(self, incarnation: Incarnation, record: InstanceRecord | None) -> None:
+        """Take over what was told of one worker; None: it is gone."""
         before = self._instances.get(incarnation)
         if before == record:
             return
@@ -79,12 +80,12 @@ class Membership:
         for listener in self._listeners:
             listener(record, before)
 
-    def _replace(self, records: Mapping[Incarnation, InstanceRecord]) -> None:
+    def replace(self, records: Mapping[Incarnation, InstanceRecord]) -> None:
         """Take over a whole listing; what is not in it is gone."""
         for incarnation in [known for known in self._instances if known not in records]:
-            self._set(incarnation, None)
+            self.set(incarnation, None)
         for incarnation, record in records.items():
-            self._set(incarnation, record)
+            self.set(incarnation, record)
 
 
 class Discovery:
@@ -99,11 +100,21 @@ class Discovery:
     @asynccontextmanager
     async def connect(cls, address: EtcdAddress, namespace: str) -> AsyncIterator[Discovery]:
         """PlaneError when etcd does not answer or refuses the credentials."""
+        async with cls.open(address, namespace) as discovery:
+            await discovery.greet()
+            yield discovery
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, address: EtcdAddress, namespace: str) -> AsyncIterator[Discovery]:
+        """Like `connect`, but asks nothing of etcd yet. PlaneError when its host is not known."""
         client = await _client(address)
         async with client:
-            discovery = cls(client, address, namespace)
-            await discovery._insist(discovery._greet)
-            yield discovery
+            yield cls(client, address, namespace)
+
+    async def greet(self) -> None:
+        """Raises PlaneError as `connect` does."""
+        await self._insist(self._greet)
 
     @asynccontextmanager
     async def register(self, record: InstanceRecord) -> AsyncIterator[None]:
@@ -111,7 +122,7 @@ class Discovery:
 
         A lease that was lost (etcd was down or lost its data) is granted again and the record put again.
         """
-        lease = _Lease(self, self._prefix + record.incarnation, msgspec.json.encode(record))
+        lease = self._lease(record)
         await self._insist(lease.grant)
         try:
             async with background(lease.keep()):
@@ -119,38 +130,64 @@ class Discovery:
         finally:
             await lease.revoke()
 
+    async def hold(self, record: InstanceRecord, granted: asyncio.Event) -> NoReturn:
+        """Like `register`, until cancelled, but for an etcd that may be down: `granted` is set once it is there."""
+        lease = self._lease(record)
+        try:
+            while True:
+                try:
+                    await self._ask(lease.grant)
+                    break
+                except _FAILURES as error:
+                    log.warning("cannot register with etcd: %s", _detail(error))
+                    await asyncio.sleep(RETRY_S)
+            granted.set()
+            await lease.keep()
+        finally:
+            if granted.is_set():
+                await lease.revoke()
+
+    def _lease(self, record: InstanceRecord) -> _Lease:
+        return _Lease(self, self._prefix + record.incarnation, msgspec.json.encode(record))
+
     async def membership(self, group: asyncio.TaskGroup) -> Membership:
         """The live view, after its first listing; a task of `group` keeps it current until cancelled."""
         membership = Membership()
         revision = await self._insist(lambda: self._list(membership))
-        group.create_task(self._follow(membership, revision))
+        group.create_task(self._follow(membership, revision, lambda _: None))
         return membership
 
-    async def _follow(self, membership: Membership, revision: int) -> NoReturn:
+    async def follow(self, membership: Membership, reach: Callable[[bool], None]) -> NoReturn:
+        """Keep `membership` current until cancelled. `reach` is told when etcd answers, and when it ceases to."""
+        await self._follow(membership, await self._list_until_answered(membership, reach), reach)
+
+    async def _follow(self, membership: Membership, revision: int, reach: Callable[[bool], None]) -> NoReturn:
         while True:
             try:
                 await self._watch(membership, revision)
             except grpc.aio.AioRpcError as error:
                 log.warning("watching etcd failed: %s", _detail(error))
                 await asyncio.sleep(RETRY_S)
-            revision = await self._list_until_answered(membership)
+            revision = await self._list_until_answered(membership, reach)
 
     async def _watch(self, membership: Membership, revision: int) -> None:
         """Apply changes after `revision`. Returns, or raises, when the listing must be read again."""
         create = WatchCreateRequest(
             key=self._prefix.encode(), range_end=prefix_range_end(self._prefix), start_revision=revision + 1
         )
-        stream = self._client.watch._stub.Watch(metadata=self._token)
+        # A member that has lost the others would otherwise go on watching, and see nothing.
+        metadata = (("hasleader", "true"), *(self._token or ()))
+        stream = self._client.watch._stub.Watch(metadata=metadata)
         try:
             await stream.write(WatchRequest(create_request=create))
             while (response := await stream.read()) is not grpc.aio.EOF:
                 if response.canceled:
-                    log.info("etcd cancelled the watch: compacted at %d", response.compact_revision)
+                    log.info("etcd cancelled the watch: %s", response.cancel_reason or "compacted")
                     return
                 for event in response.events:
                     incarnation = Incarnation(event.kv.key.decode().removeprefix(self._prefix))
                     record = None if event.type == _DELETE else _record(event.kv.value)
-                    membership._set(incarnation, record)
+                    membership.set(incarnation, record)
         finally:
             stream.cancel()
 
@@ -158,16 +195,20 @@ class Discovery:
         """Returns the revision of the listing."""
         found = await self._client.kv.get(self._prefix, prefix_range_end(self._prefix))
         records = [_record(pair.value) for pair in found.kvs]
-        membership._replace({record.incarnation: record for record in records if record is not None})
+        membership.replace({record.incarnation: record for record in records if record is not None})
         return int(found.header.revision)
 
-    async def _list_until_answered(self, membership: Membership) -> int:
+    async def _list_until_answered(self, membership: Membership, reach: Callable[[bool], None]) -> int:
         while True:
             try:
-                return await self._ask(lambda: self._list(membership))
+                revision = await self._ask(lambda: self._list(membership))
             except _FAILURES as error:
                 log.warning("etcd: %s; keeping its last view", _detail(error))
+                reach(False)
                 await asyncio.sleep(RETRY_S)
+            else:
+                reach(True)
+                return revision
 
     async def _greet(self) -> None:
         await self._authenticate()

@@ -12,7 +12,7 @@ import msgspec
 
 from dynamo_lite.errors import DynamoError, ProtocolMismatch
 from dynamo_lite.plane.bus import Bus, Message
-from dynamo_lite.plane.discovery import Discovery
+from dynamo_lite.plane.discovery_set import Registry
 from dynamo_lite.plane.wire import Empty, InstanceRecord, LoadReport, Subjects, decode, encode
 from dynamo_lite.router import metrics
 from dynamo_lite.router.roster import Instance, Roster
@@ -38,7 +38,7 @@ class Fleet(Roster):
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, bus: Bus, discovery: Discovery, subjects: Subjects, group: asyncio.TaskGroup
+        cls, bus: Bus, discovery: Registry, subjects: Subjects, group: asyncio.TaskGroup
     ) -> AsyncIterator[Fleet]:
         """Follows the workers while the body runs. The workers' blocks are known on entry, where they answer."""
         fleet = cls(bus, subjects)
@@ -51,7 +51,7 @@ class Fleet(Roster):
             following.cancel()
             await asyncio.wait((following,))
 
-    async def _follow(self, discovery: Discovery, ready: asyncio.Event) -> NoReturn:
+    async def _follow(self, discovery: Registry, ready: asyncio.Event) -> NoReturn:
         """Keep the roster current until cancelled."""
         async with AsyncExitStack() as stack:
             # Events come before the membership, so that none is missed; those of unknown workers are ignored, as

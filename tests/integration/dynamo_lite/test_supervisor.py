@@ -13,6 +13,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -205,6 +206,35 @@ def test_a_metadata_server_is_where_workers_and_frontends_meet(base: dict[str, A
         finally:
             server.terminate()
     assert server.returncode == 0
+
+
+@contextmanager
+def metadata_server(folder: Path, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process, and the address that it says."""
+    argv = [sys.executable, "-m", "dynamo_lite.cli", "metadata-server", "--port", str(port), "--data-dir", str(folder)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            yield server, server.stdout.readline().partition("metadata_server: ")[2].strip()
+        finally:
+            server.kill()
+
+
+def test_of_two_metadata_servers_one_may_be_killed_and_come_back_empty(base: dict[str, Any], tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        first, address = stack.enter_context(metadata_server(tmp_path / "a"))
+        _, other = stack.enter_context(metadata_server(tmp_path / "b"))
+        both = {"kv_transfer": {"metadata_server": [address, other]}}
+        deployment = stack.enter_context(serve(tmp_path, base | both))
+        assert answers(deployment) == "length"
+        first.kill()
+        assert answers(deployment) == "length"
+        deployment.kill("decode-0")  # its successor finds one server, and is found by the frontend
+        until(lambda: deployment.restarted("decode-0", 2), "a new decode worker")
+        until(lambda: answers_now(deployment), "an answer of the new decode worker")
+        stack.enter_context(metadata_server(tmp_path / "empty", urlsplit(address).port or 0))
+        alone = EtcdAddress(endpoints=(address,))
+        until(lambda: set(deployment.instances(alone)) == {"prefill-0", "decode-0"}, "everybody in the empty server")
 
 
 def test_what_this_host_lacks_is_refused_by_serve(tmp_path: Path) -> None:

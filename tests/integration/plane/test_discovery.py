@@ -163,7 +163,9 @@ async def test_compaction_does_not_stop_the_watch(etcd_server: EmbeddedServer[Et
         await etcdctl(etcd, tmp_path, "compact", str(old + 4))
         try:
             async with asyncio.timeout(DEADLINE_S), asyncio.TaskGroup() as group:
-                group.create_task(discovery._follow(membership, old))  # as if this revision were long ago
+                group.create_task(
+                    discovery._follow(membership, old, lambda _: None)
+                )  # as if this revision were long ago
                 async with discovery.register(TWO):
                     await names(membership, ONE, TWO)
                 raise asyncio.CancelledError

@@ -21,7 +21,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from dynamo_lite.config import EtcdAddress
-from dynamo_lite.plane.discovery import Discovery
+from dynamo_lite.plane import discovery_set
 from dynamo_lite.plane.wire import InstanceRecord
 from workers.service import scope
 
@@ -62,14 +62,14 @@ class Deployment:
         process = self.process_of(name)
         return bool(process["ready"]) and int(process["starts"]) >= starts
 
-    def instances(self) -> dict[str, InstanceRecord]:
-        """The live workers by name, as the discovery service has them."""
+    def instances(self, etcd: EtcdAddress | None = None) -> dict[str, InstanceRecord]:
+        """The live workers by name, as the discovery service has them, or one of several."""
 
         async def listing() -> dict[str, InstanceRecord]:
-            address = EtcdAddress.model_validate(self.run["etcd"])
+            address = etcd or EtcdAddress.model_validate(self.run["etcd"])
             async with (
                 asyncio.timeout(10),
-                Discovery.connect(address, self.namespace) as discovery,
+                discovery_set.connect(address, self.namespace) as discovery,
                 scope() as group,
             ):
                 membership = await discovery.membership(group)

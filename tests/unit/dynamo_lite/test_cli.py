@@ -25,6 +25,13 @@ def test_help_teaches_the_first_steps() -> None:
         assert taught in result.output
 
 
+def test_help_of_the_metadata_server_teaches_how_to_name_one_and_two() -> None:
+    result = CliRunner().invoke(app, ["metadata-server", "--help"])
+    assert result.exit_code == 0
+    for taught in ('metadata_server: "tcp://HOST:5557"', '["tcp://A:5557", "tcp://B:5557"]', "--data-dir", "--host"):
+        assert taught in result.output
+
+
 def test_check_prints_the_plan(cache: Path) -> None:
     result = CliRunner().invoke(app, ["check", str(CONFIGS / "quickstart.yaml"), "--set", "frontend.port=9000"])
     assert result.exit_code == 0

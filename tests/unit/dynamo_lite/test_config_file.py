@@ -44,7 +44,7 @@ def test_the_reference_file_loads_verbatim(file: Path) -> None:
     file.write_text(REFERENCE)
     config = load_config(file)
     assert (CONFIGS / "dynamo.yaml").read_text() == REFERENCE
-    assert config.kv_transfer.metadata_server == "tcp://coordination-node:5557"
+    assert config.kv_transfer.metadata_server == ("tcp://coordination-node:5557",)
     assert config.kv_transfer.transport_threads == 4
     assert config.workers.prefill is not None
     assert config.workers.decode is not None
@@ -189,3 +189,12 @@ def test_a_later_error_about_a_setting_is_given_its_line(file: Path) -> None:
     assert str(source.located(ConfigError("bad", key="model"))) == "--set model=x: bad"
     assert str(source.located(ConfigError("bad", key="workers.prefill.count"))) == f"{file}:1:1: bad"
     assert str(source.located(ConfigError("bad"))) == f"{file}: bad"
+
+
+def test_one_metadata_server_or_a_list_of_them(tmp_path: Path) -> None:
+    file = tmp_path / "two.yaml"
+    file.write_text("kv_transfer:\n  metadata_server: [tcp://a:5557, tcp://b:5557]\n")
+    assert load_config(file).kv_transfer.metadata_server == ("tcp://a:5557", "tcp://b:5557")
+    file.write_text("kv_transfer:\n  metadata_server: [tcp://a:5557, b]\n")
+    with pytest.raises(ConfigError, match=r"two\.yaml:2:35: kv_transfer\.metadata_server\.1: 'b' is not an address; write tcp://host:port"):
+        load_config(file)

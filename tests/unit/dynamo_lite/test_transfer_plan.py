@@ -165,3 +165,11 @@ def test_etcd_endpoints_win_over_the_metadata_server() -> None:
     both = config.model_copy(update={"etcd": config.etcd.model_copy(update={"endpoints": ("http://a:2379",)})})
     assert both.etcd_endpoints == ("http://a:2379",)
     assert Config().etcd_endpoints == ()
+
+
+def test_several_metadata_servers_are_independent_and_several_endpoints_of_etcd_one_cluster() -> None:
+    apart = Config.model_validate({"kv_transfer": {"metadata_server": ("tcp://a:5557", "tcp://b:5557")}})
+    assert apart.etcd_endpoints == ("http://a:5557", "http://b:5557")
+    assert apart.etcds_are_independent
+    cluster = Config.model_validate({"etcd": {"endpoints": ("http://a:2379", "http://b:2379")}})
+    assert not cluster.etcds_are_independent
