@@ -7,9 +7,11 @@ vLLM imported already, which is ready in 3â€“5 s where a fresh process needs 20â
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import signal
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,27 +28,34 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from dynamo_lite.config import ProcessSpec, WorkerGroup
 from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerError
 from dynamo_lite.plane.wire import Fingerprint, Incarnation, Role, Sampling, TokenLogprob
+from dynamo_lite.tasks import background
 from kvbm.events import KvEvent, Tier
 from workers.connector.channel import WorkerEnd
 from workers.connector.protocol import (
     PUSH,
     REMOTE,
     REQUEST_ID,
+    Alive,
     Hello,
     Holds,
     Meet,
     PeerGone,
     Peers,
+    Probe,
     PushEnded,
     Report,
     StopPush,
 )
 from workers.engine import EngineInfo, EngineLoad, Job, Output, Prefilled, PrefillJob, TransferReport
 from workers.kv_feed import KvFeed
+from workers.pulse import Pulse
 from workers.receives import Receives
 from workers.vllm_stats import EngineStats, stat_logger
 
+log = logging.getLogger(__name__)
+
 _HELLO_TIMEOUT_S = 30.0
+_FROZEN_PATIENCE = 10  # times the transfer's timeout, until a silent engine is ended and started again
 _DEATH_POLL_S = 0.2
 _CPU_BLOCK_SIZE = 32  # vLLM's CPU attention takes multiples of 32
 _CPU_KV_CACHE = 512 * 2**20
@@ -81,6 +90,7 @@ class VllmEngine:
         self._llm: AsyncLLM | None = None
         self._feed: KvFeed | None = None
         self._receives: Receives | None = None
+        self._pulse = Pulse(range(-1, self._ranks), lambda: self._channel.command(Probe()), self._timeout_s)
         self._blocks = self._block_bytes = 0
 
     # ---- life ----
@@ -146,6 +156,8 @@ class VllmEngine:
                 values["enable_chunked_prefill"] = False
         elif self._spec.kv_cache:
             values["kv_cache_memory_bytes"] = self._spec.kv_cache
+            # vLLM would else refuse to share a GPU, though with a given size it does not use this share of it.
+            values["gpu_memory_utilization"] = 0.01
         if config.block_size:
             values["block_size"] = config.block_size
         return AsyncEngineArgs(**(values | self._workers.args))
@@ -160,6 +172,7 @@ class VllmEngine:
                     self._hello.clear()
         except TimeoutError:
             raise StartError(self._spec.name, "the transfer engine did not come up") from None
+        await self._stack.enter_async_context(background(self._pulse.watch()))
         group = await self._stack.enter_async_context(asyncio.TaskGroup())
         self._receives = Receives(self._incarnation, self._ranks, self._channel.command, self._timeout_s, group)
         self._feed = KvFeed(self._channel.endpoint("events"), self._channel.endpoint("replay"))
@@ -181,9 +194,23 @@ class VllmEngine:
         return Fingerprint(config.model, config.revision or "", "vllm", hello.device, hello.layout)
 
     async def failed(self) -> str:
-        while not self._engine.errored:  # noqa: ASYNC110  # vLLM offers a flag, no event
+        frozen = False
+        while not self._engine.errored:  # vLLM offers a flag, no event
             await asyncio.sleep(_DEATH_POLL_S)
-        return "vLLM's EngineCore process died"
+            if not frozen and self._pulse.silence_s > _FROZEN_PATIENCE * self._timeout_s:
+                frozen = True
+                self._kill()
+        return f"vLLM's EngineCore process {'stood still and was ended' if frozen else 'died'}"
+
+    def _kill(self) -> None:
+        """End processes that are frozen, before anybody is told that we are gone: awake again, they could write."""
+        for hello in self._hellos.values():
+            log.error("process %d has been silent for %.0f s and is ended", hello.pid, self._pulse.silence_s)
+            with suppress(ProcessLookupError):
+                os.kill(hello.pid, signal.SIGKILL)
+
+    async def answering(self) -> None:
+        await self._pulse.answering()
 
     async def close(self) -> None:
         if self._llm is not None:
@@ -207,6 +234,8 @@ class VllmEngine:
             case Hello():
                 self._hellos[report.rank] = report
                 self._hello.set()
+            case Alive():
+                self._pulse.alive(report.rank)
             case Holds():
                 self._holds[report.rank] = report
             case Peers():
@@ -261,7 +290,7 @@ class VllmEngine:
         push = self._pushes[job.request_id] = Push()
         cached = 0
         try:
-            async with asyncio.timeout(job.timeout_s):
+            async with asyncio.timeout(job.timeout_s), self._pulse.required():
                 params = {REQUEST_ID: job.request_id, PUSH: msgspec.msgpack.encode(job.target)}
                 async for result in self._engine.generate(
                     tokens_input(job.token_ids, cache_salt=job.cache_salt),
@@ -297,7 +326,7 @@ class VllmEngine:
             return  # its processes, which did the writing, are gone
         self._channel.command(StopPush(request_id))
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self._timeout_s), self._pulse.required():
                 await self._pushed(push)
         except TimeoutError:
             raise PrefillFailed("silent", "the transfer engine does not answer") from None
