@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -57,30 +58,19 @@ class Contacts:
 
     def __init__(self, engine: Reaching, rank: int, timeout_s: float, report: Callable[[Peers], None]) -> None:
         self._engine, self._rank, self._timeout_s, self._report = engine, rank, timeout_s, report
+        self._waiting: deque[tuple[str, bytes]] = deque()  # (incarnation, metadata) of agents to be greeted
         self._contacts: dict[str, Contact] = {}  # by agent name
         self._early: set[str] = set()  # agents that have asked before we knew of them
         self._reported: dict[str, int] = {}
 
     @property
     def active(self) -> bool:
-        """Whether an answer is still waited for."""
-        return any(contact.state == "meeting" for contact in self._contacts.values())
+        """Whether there is somebody to greet, or an answer is still waited for."""
+        return bool(self._waiting) or any(contact.state == "meeting" for contact in self._contacts.values())
 
     def meet(self, incarnation: str, agents: Sequence[bytes]) -> None:
         """Greet every rank of a worker that was not greeted before."""
-        for rank, metadata in enumerate(agents):
-            try:
-                peer = self._engine.connect(metadata)
-                if peer in self._contacts:
-                    continue
-                contact = self._contacts[peer] = Contact(incarnation, time.monotonic())
-                self._engine.notify(peer, _encode(Greeting(answer=False)))
-                if peer in self._early:
-                    self._early.discard(peer)
-                    self._asked(peer, contact)
-            except TransferError as error:
-                _log.warning("no contact with rank %d of %s: %s", rank, incarnation, error)
-        self._tell()
+        self._waiting.extend((incarnation, metadata) for metadata in agents)
 
     def greeting(self, peer: str, note: Greeting) -> None:
         """What a peer sent. One that we do not know of yet is answered as soon as we do."""
@@ -93,8 +83,13 @@ class Contacts:
             self._early.add(peer)
         self._tell()
 
-    def expire(self) -> None:
-        """Wait no longer for agents that have not answered in time."""
+    def progress(self) -> None:
+        """Greet the next agent: one a turn, as connecting takes some 10 ms, in which transfers stand still.
+
+        Those that have not answered in time are not waited for any longer.
+        """
+        if self._waiting:
+            self._greet(*self._waiting.popleft())
         now = time.monotonic()
         late = [
             (peer, contact)
@@ -107,8 +102,23 @@ class Contacts:
         if late:
             self._tell()
 
+    def _greet(self, incarnation: str, metadata: bytes) -> None:
+        try:
+            peer = self._engine.connect(metadata)
+            if peer in self._contacts:
+                return
+            contact = self._contacts[peer] = Contact(incarnation, time.monotonic())
+            self._engine.notify(peer, _encode(Greeting(answer=False)))
+            if peer in self._early:
+                self._early.discard(peer)
+                self._asked(peer, contact)
+        except TransferError as error:
+            _log.warning("no contact with an agent of %s: %s", incarnation, error)
+        self._tell()
+
     def forget(self, incarnation: str) -> None:
         """That worker is gone: end the connections to it."""
+        self._waiting = deque(each for each in self._waiting if each[0] != incarnation)
         for peer in [peer for peer, contact in self._contacts.items() if contact.incarnation == incarnation]:
             del self._contacts[peer]
             self._engine.disconnect(peer)

@@ -211,7 +211,7 @@ class Mover:
         if self._sender.progress() or self._sender.moving:
             self._moved = time.monotonic()
         self._receiver.expire()
-        self._contacts.expire()
+        self._contacts.progress()
         if self._sender.fresh or self._receiver.received:
             with self._ended_lock:
                 self._sent.update(self._sender.fresh)

@@ -63,9 +63,11 @@ class NixlAgent:
         """
         more = threads > 1
         config = nixl_agent_config(enable_prog_thread=more, num_threads=threads if more else 0, backends=["UCX"])
-        self._agent = nixl_agent(name, config)
-        if "UCX" not in self._agent.backends:
-            raise TransferError("NIXL came up without its UCX backend")
+        try:
+            self._agent = _guarded(nixl_agent, name, config)
+        except TransferError as error:
+            message = "UCX has none of the transports or devices that it was told to use (see what it printed above)"
+            raise TransferError(f"{message}: {error}") from error
         self._registered: list[object] = []
 
     def register(self, address: int, size: int, memory: Memory, device: int) -> Region:

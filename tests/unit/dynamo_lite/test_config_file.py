@@ -196,5 +196,8 @@ def test_one_metadata_server_or_a_list_of_them(tmp_path: Path) -> None:
     file.write_text("kv_transfer:\n  metadata_server: [tcp://a:5557, tcp://b:5557]\n")
     assert load_config(file).kv_transfer.metadata_server == ("tcp://a:5557", "tcp://b:5557")
     file.write_text("kv_transfer:\n  metadata_server: [tcp://a:5557, b]\n")
-    with pytest.raises(ConfigError, match=r"two\.yaml:2:35: kv_transfer\.metadata_server\.1: 'b' is not an address; write tcp://host:port"):
+    with pytest.raises(
+        ConfigError,
+        match=r"two\.yaml:2:35: kv_transfer\.metadata_server\.1: 'b' is not an address; write tcp://host:port",
+    ):
         load_config(file)
