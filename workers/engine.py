@@ -174,6 +174,10 @@ class Engine(Protocol):
 
     def load(self) -> EngineLoad: ...
 
+    async def answering(self) -> None:
+        """Returns at once while the engine's processes run, otherwise, when they are frozen, once they do again."""
+        ...
+
     async def failed(self) -> str:
         """Returns, with the reason, when the engine has died and cannot serve any more; otherwise never."""
         ...

@@ -25,12 +25,13 @@ from workers.connector.protocol import (
 )
 from workers.engine import RemotePrefill, TransferReport
 from workers.errors import Corrupt
+from workers.pulse import ENGINE_SILENT
 
 # Failures after which a candidate may still be writing: it has not said otherwise, and one that NATS cannot reach
 # is not therefore dead.
 _STAGING_PATIENCE = 20  # times the transfer's timeout: the connectors hand back what waits half as long
 _LOST = "lost"  # pieces that were sent and did not arrive
-_UNCERTAIN = ("silent", "gone", "protocol", "engine_died", IN_FLIGHT)
+_UNCERTAIN = ("silent", "gone", "protocol", "engine_died", ENGINE_SILENT, IN_FLIGHT)
 
 
 @dataclass(slots=True)

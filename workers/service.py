@@ -174,6 +174,7 @@ class Service:
             log.error("the last deltas could not be sent")
 
     async def _pong(self, _: bytes) -> bytes:
+        await self._engine.answering()  # a worker whose engine is frozen is as good as frozen
         return encode(Pong(self._record.incarnation))
 
     def _cancel(self, message: Message) -> None:

@@ -98,6 +98,9 @@ class SimEngine:
             await asyncio.wait([self._loop])
             self._loop = None
 
+    async def answering(self) -> None:
+        """It has no process of its own."""
+
     async def failed(self) -> str:
         await self._dead.wait()
         return self._reason

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from workers.connector.protocol import Command, Hello, Report
+from workers.connector.protocol import Command, Hello, Probe, Report
 
 _LENGTH = struct.Struct("<I")
 _CONNECT_TIMEOUT_S = 10.0
@@ -108,10 +108,10 @@ class WorkerEnd:
         self._server = await asyncio.start_unix_server(connected, sock=self._socket)
 
     def command(self, message: Command) -> None:
-        """To every rank's connector (not the scheduler's: it takes no commands)."""
+        """To every rank's connector. The scheduler's takes no command, but answers probes."""
         data = self._encoder.encode(message)
         for rank, writer in self._writers.items():
-            if rank >= 0 and not writer.is_closing():
+            if (rank >= 0 or isinstance(message, Probe)) and not writer.is_closing():
                 writer.write(_LENGTH.pack(len(data)) + data)
 
     def close(self) -> None:

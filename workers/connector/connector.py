@@ -5,6 +5,7 @@ One connector serves vLLM 0.26–0.33: it uses `get_finished` (not `get_transfer
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,7 +28,7 @@ from dynamo_lite.processes import die_with_parent
 from dynamo_lite.rdma import rdma_ports
 from dynamo_lite.transports import usable_ports
 from workers.connector.channel import ConnectorEnd
-from workers.connector.protocol import Hello, StepPlan
+from workers.connector.protocol import Alive, Hello, StepPlan
 from workers.connector.scheduler import SchedulerSide
 from workers.connector.settings import MoverSettings
 from workers.connector.worker import WorkerSide
@@ -71,7 +72,9 @@ class DynamoLiteConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             block_size = vllm_config.cache_config.block_size
             self._scheduler = SchedulerSide(block_size, extra["min_remote_tokens"], channel.report)
-            channel.report(Hello(rank=-1))
+            # It waits for nobody's word but probes, which it may answer between any two steps of the scheduler.
+            channel.listen(lambda _: channel.report(Alive(-1)), lambda: None)
+            channel.report(Hello(rank=-1, pid=os.getpid()))
         else:
             rank = get_tensor_model_parallel_rank()
             settings = MoverSettings(

@@ -19,6 +19,8 @@ import torch
 from dynamo_lite.processes import wake_precisely
 from workers.connector.contacts import Contacts
 from workers.connector.protocol import (
+    UNWANTED,
+    Alive,
     Closed,
     Command,
     Credit,
@@ -29,6 +31,7 @@ from workers.connector.protocol import (
     Note,
     PeerGone,
     Piece,
+    Probe,
     Refused,
     Reopen,
     Report,
@@ -47,6 +50,7 @@ from workers.transfer.pack import Copier
 from workers.transfer.ready import Ready
 
 _log = logging.getLogger(__name__)
+_encode = msgspec.msgpack.Encoder().encode
 _POLL_MOVING_S = 0.00002
 _POLL_WAITING_S = 0.001
 _MOVING_S = 0.002  # after the last piece, credit or write: more are likely to come
@@ -204,10 +208,9 @@ class Mover:
         return _POLL_MOVING_S if quiet_s < _MOVING_S else _POLL_WAITING_S
 
     def _poll(self) -> None:
-        if self._pause() is not None:
-            for note in self._notifications():
-                self._note(note.peer, note.payload)
-                self._moved = time.monotonic()
+        for note in self._notifications():
+            self._note(note.peer, note.payload)
+            self._moved = time.monotonic()
         if self._sender.progress() or self._sender.moving:
             self._moved = time.monotonic()
         self._receiver.expire()
@@ -240,7 +243,7 @@ class Mover:
             case Credit():
                 self._sender.credit(note.transfer_id, note.slot)
             case Refused():
-                self._sender.refused(note.transfer_id, note.cause)
+                self._sender.refused(peer, note.transfer_id, note.cause)
             case Closed():
                 self._receiver.closed(note.transfer_id)
             case Greeting():
@@ -264,6 +267,8 @@ class Mover:
                 self._receiver.give_up(command.request_id, command.transfer_id)
             case Settle():
                 self._receiver.settle(command.transfer_id, command.peer, command.closed)
+                if not command.closed:
+                    self._refuse(f"{command.peer}:{self._settings.rank}", command.transfer_id)
             case PeerGone():
                 self._receiver.peer_gone(command.incarnation)
                 self._sender.lost(f"{command.incarnation}:{self._settings.rank}")
@@ -272,6 +277,15 @@ class Mover:
                 self._contacts.meet(command.incarnation, command.agents)
             case StopPush():
                 self._sender.stop(command.request_id)
+            case Probe():
+                self._report(Alive(self._settings.rank))
+
+    def _refuse(self, peer: str, transfer_id: int) -> None:
+        """Ask a sender that fell silent to say, once it can, that it writes nothing more."""
+        try:
+            self._engine.notify(peer, _encode(Refused(transfer_id, UNWANTED)))
+        except TransferError as error:
+            _log.info("%s cannot be asked to end transfer %d: %s", peer, transfer_id, error)
 
     def _tell_holds(self) -> None:
         staged = sum(staging.used for staging in self._stagings)

@@ -26,6 +26,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """First message of every connector. Rank -1 is the scheduler's; the others are workers with a transfer agent."""
 
     rank: int
+    pid: int
     kv_blocks: int = 0
     layout: KvLayout | None = None
     device: str = ""
@@ -51,6 +52,7 @@ class ReceiveOpened(msgspec.Struct, frozen=True, tag="opened"):
     target: RankTarget
 
 
+UNWANTED = "unwanted"  # cause of a push whose receiver has turned elsewhere while the sender was silent
 NO_STAGING = "no staging"  # cause of a receive that waited too long for it; the decode worker computes the prompt
 
 
@@ -101,7 +103,13 @@ class Peers(msgspec.Struct, frozen=True, tag="peers"):
     workers: dict[str, int]
 
 
-Report = Hello | Skipped | ReceiveOpened | ReceiveEnded | PushEnded | Holds | Peers
+class Alive(msgspec.Struct, frozen=True, tag="alive"):
+    """Answer to `Probe`."""
+
+    rank: int
+
+
+Report = Hello | Skipped | ReceiveOpened | ReceiveEnded | PushEnded | Holds | Peers | Alive
 
 # ---- worker process → connector -------------------------------------------------------------------------------
 
@@ -151,7 +159,11 @@ class StopPush(msgspec.Struct, frozen=True, tag="stop_push"):
     request_id: str
 
 
-Command = Reopen | GiveUp | Settle | PeerGone | Meet | StopPush
+class Probe(msgspec.Struct, frozen=True, tag="probe"):
+    """Answer with `Alive`, from the thread that does the work. To the scheduler's connector too."""
+
+
+Command = Reopen | GiveUp | Settle | PeerGone | Meet | StopPush | Probe
 
 # ---- mover → mover, in transfer notifications ------------------------------------------------------------------
 
@@ -182,7 +194,7 @@ class Closed(msgspec.Struct, frozen=True, tag="closed", array_like=True):
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused", array_like=True):
-    """The receiver cannot use what it got: the sender is to end the transfer."""
+    """The receiver wants no more of a transfer: the sender is to end it, or never to begin it, and to say `Closed`."""
 
     transfer_id: int
     cause: str

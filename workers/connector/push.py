@@ -11,12 +11,12 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TypeVar, cast
 
 import msgspec
 import torch
 
-from workers.connector.protocol import IN_FLIGHT, Closed, Piece, PushEnded, PushStep, Report
+from workers.connector.protocol import IN_FLIGHT, UNWANTED, Closed, Piece, PushEnded, PushStep, Report
 from workers.connector.settings import MoverSettings
 from workers.connector.staging import Staging
 from workers.errors import Frozen, PeerLost, TransferError, TransferTimeout
@@ -25,7 +25,8 @@ from workers.transfer.engine import Memory, PeerEngine, Spans, Target, Transfer
 from workers.transfer.pack import Copier
 from workers.transfer.ready import Ready
 
-_STOPPED_KEPT = 4096
+_REMEMBERED = 4096
+K = TypeVar("K")
 _notes = msgspec.msgpack.Encoder()
 
 
@@ -36,6 +37,13 @@ class Flight:
     write: Transfer
     local_slot: int
     count: int
+
+
+def _remember(keys: OrderedDict[K, None], key: K) -> None:
+    """The latest ones."""
+    keys[key] = None
+    if len(keys) > _REMEMBERED:
+        keys.popitem(last=False)
 
 
 def _ended(write: Transfer) -> bool:
@@ -90,6 +98,7 @@ class Sender:
         self._closing: list[tuple[Push, str]] = []  # failed, but a write could not be given up yet
         self._ended: set[str] = set()  # engine ids of pushes that need their blocks no more
         self._stopped: OrderedDict[str, None] = OrderedDict()  # request ids the receiver gave up on, the latest ones
+        self._refused: OrderedDict[int, None] = OrderedDict()  # transfer ids that it refused before they began
         self._preempted: set[str] = set()  # engine ids whose steps may still come, but must not be read any more
         # Peers that a write was completed to: only a wired connection carries a notification while nobody polls.
         self._reached: set[str] = set()
@@ -106,6 +115,9 @@ class Sender:
             self._finish(step.engine_id, step.request_id, step.target.transfer_id, "preempted")
         if step.engine_id in self._ended:
             return  # it has failed, or was stopped, before all its steps came
+        if transfer_id in self._refused:
+            self._finish(step.engine_id, step.request_id, transfer_id, UNWANTED)
+            return
         push = self._pushes.get(transfer_id)
         if push is not None and push.engine_id != step.engine_id:
             self._release(step.engine_id)  # the same prefill, asked for twice: one of them is enough
@@ -143,11 +155,14 @@ class Sender:
             push.free_slots.append(slot)
             push.waiting_since = time.monotonic()
 
-    def refused(self, transfer_id: int, cause: str) -> None:
-        """The receiver cannot use what it got."""
+    def refused(self, peer: str, transfer_id: int, cause: str) -> None:
+        """The receiver wants no more of it. One that has not begun, or is over, is closed as well."""
         push = self._pushes.get(transfer_id)
         if push is not None:
             self._fail(push, cause)
+        elif not any(push.transfer_id == transfer_id for push, _ in self._closing):
+            _remember(self._refused, transfer_id)
+            self._say_closed(peer, transfer_id, cause)
 
     def cancel(self, engine_id: str, cause: str) -> bool:
         """False when no push of that request is open."""
@@ -166,9 +181,7 @@ class Sender:
 
         vLLM may be computing a step of it right now, so the request is remembered and its later steps are ignored.
         """
-        self._stopped[request_id] = None
-        if len(self._stopped) > _STOPPED_KEPT:
-            self._stopped.popitem(last=False)
+        _remember(self._stopped, request_id)
         mine = [one for one in self._pushes.values() if one.request_id == request_id]
         for push in mine:
             self._fail(push, "cancelled")
@@ -286,7 +299,7 @@ class Sender:
                 if cause == PeerLost.cause:
                     self.lost(push.target.where)  # or its next push would meet the broken connection again
                 else:
-                    self._say_closed(push, cause)
+                    self._say_closed(push.target.where, push.transfer_id, cause)
                 moved = True
         return moved
 
@@ -294,9 +307,9 @@ class Sender:
         self._reached.discard(peer)
         self._engine.disconnect(peer)
 
-    def _say_closed(self, push: Push, cause: str) -> None:
+    def _say_closed(self, peer: str, transfer_id: int, cause: str) -> None:
         try:
-            self._engine.notify(push.target.where, _notes.encode(Closed(push.transfer_id, cause)))
+            self._engine.notify(peer, _notes.encode(Closed(transfer_id, cause)))
         except TransferError:
             return  # the receiver is gone, and with it what it would have done with this
 

@@ -43,6 +43,7 @@ class WorkerSide:
         self._channel.report(
             Hello(
                 rank=self._settings.rank,
+                pid=os.getpid(),
                 kv_blocks=num_blocks,
                 layout=planes.layout,
                 device=planes.device.type,

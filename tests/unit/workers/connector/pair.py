@@ -16,7 +16,17 @@ import torch
 
 from dynamo_lite.plane.wire import Incarnation, PushTarget
 from workers.connector.mover import Mover
-from workers.connector.protocol import Holds, Note, PushStep, ReceiveOpened, ReceivePlan, Report, StepPlan
+from workers.connector.protocol import (
+    Alive,
+    Holds,
+    Note,
+    Probe,
+    PushStep,
+    ReceiveOpened,
+    ReceivePlan,
+    Report,
+    StepPlan,
+)
 from workers.connector.settings import MoverSettings
 from workers.transfer.engine import Spans, Target
 from workers.transfer.layout import Planes, planes_of
@@ -62,6 +72,7 @@ class Reports:
 class Side:
     """One worker's rank 0."""
 
+    name: str  # of its agent: incarnation and rank
     mover: Mover
     planes: Planes
     reports: Reports
@@ -69,18 +80,20 @@ class Side:
     def blocks(self, ids: list[int]) -> list[torch.Tensor]:
         return [plane[ids].clone() for plane in self.planes.planes]
 
+    def holding(self, reason: str) -> int:
+        latest = self.reports.latest(Holds)
+        return latest.blocks.get(reason, 0) if latest is not None else 0
+
     def held(self, reason: str) -> int:
         """Waits until nothing is held for that reason; returns what is left."""
-
-        def released() -> bool:
-            latest = self.reports.latest(Holds)
-            return latest is None or not latest.blocks.get(reason)
-
         with self.reports.changed:
-            if self.reports.changed.wait_for(released, WAIT_S):
-                return 0
-        latest = self.reports.latest(Holds)
-        return latest.blocks[reason] if latest is not None else 0
+            self.reports.changed.wait_for(lambda: not self.holding(reason), WAIT_S)
+        return self.holding(reason)
+
+    def look(self) -> None:
+        """Have it read its notifications, as the worker process's probes make an idle mover do."""
+        self.mover.command(Probe())
+        self.reports.take(Alive)
 
 
 def _side(seed: int, staging_blocks: int, timeout_s: float, verify: bool) -> Side:
@@ -96,7 +109,8 @@ def _side(seed: int, staging_blocks: int, timeout_s: float, verify: bool) -> Sid
         verify=verify,
     )
     reports = Reports()
-    return Side(Mover(Fabric(f"{uuid.uuid4().hex}:0"), planes, settings, reports), planes, reports)
+    name = f"{uuid.uuid4().hex}:0"
+    return Side(name, Mover(Fabric(name), planes, settings, reports), planes, reports)
 
 
 @contextmanager

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 import torch
 
-from tests.unit.workers.connector.pair import BLOCKS, Side, pair, plan_receive, push, target_of, tell
+from tests.unit.workers.connector.pair import BLOCKS, WAIT_S, Side, pair, plan_receive, push, target_of, tell
 from workers.connector.protocol import (
     GiveUp,
+    Meet,
     PeerGone,
     Piece,
     PushEnded,
@@ -146,6 +148,34 @@ def test_a_sender_known_to_be_gone_is_not_waited_for_again() -> None:
         receiver.mover.command(GiveUp("r", opened.transfer_id))
         assert receiver.reports.take(ReceiveEnded).cause == "given up"
         assert receiver.held("quarantine") == 0
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_sender_that_was_given_up_in_silence_closes_the_transfer_once_it_is_awake(begun: bool) -> None:
+    with pair() as (sender, receiver):
+        incarnation, _, _ = sender.name.partition(":")
+        receiver.mover.command(Meet(incarnation, (sender.mover.agent,)))
+        sender.mover.command(Meet("d", (receiver.mover.agent,)))
+        plan_receive(receiver, [5, 6])
+        target = target_of(receiver.reports.take(ReceiveOpened))
+        if begun:
+            push(sender, target, [1])  # the second block is never computed
+        receiver.mover.command(Settle(target.transfer_id, incarnation, closed=False))
+        receiver.mover.command(GiveUp("r", target.transfer_id))
+        assert receiver.reports.take(ReceiveEnded).cause == "given up"
+        receiver.look()
+        deadline = time.monotonic() + WAIT_S
+        while receiver.holding("quarantine"):
+            assert time.monotonic() < deadline, "the slots stay in quarantine"
+            sender.look()
+        if not begun:
+            push(sender, target, [1])
+        assert sender.reports.take(PushEnded).cause in ("unwanted", "in_flight")  # the latter: its write goes on
+        assert sender.held("push") == 0
+        before = receiver.blocks([5, 6])
+        sender.mover.wait(5)
+        assert sender.mover.ended({"r-engine"}).sent == {"r-engine"}
+        assert all(torch.equal(old, new) for old, new in zip(before, receiver.blocks([5, 6]), strict=True))
 
 
 def test_a_late_piece_of_an_earlier_attempt_changes_nothing() -> None:
