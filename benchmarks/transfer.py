@@ -1,6 +1,6 @@
 """KV transfers between two processes of this host, beside memcpy and a plain socket: see `workers.bench.transfer`.
 
-    .venv/bin/python benchmarks/transfer.py [--json FILE] [--path PATH] [--size SIZE] …
+.venv/bin/python benchmarks/transfer.py [--json FILE] [--path PATH] [--size SIZE] …
 """
 
 from __future__ import annotations

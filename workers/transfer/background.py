@@ -30,8 +30,8 @@ class BackgroundTransfer(Transfer):
         self._listeners: list[Callable[[], None]] = []
 
     @abstractmethod
-    def _stop(self) -> None:
-        """Ask for an early end: touch no more memory than is being touched."""
+    def stop(self) -> None:
+        """Cancel it without waiting: no more memory is touched than is being touched."""
 
     @abstractmethod
     def _quiet(self) -> bool:
@@ -42,7 +42,7 @@ class BackgroundTransfer(Transfer):
 
         May be called again after it raised.
         """
-        self._stop()
+        self.stop()
         with self._changed:
             if not self._changed.wait_for(self._quiet, CLOSE_S):
                 raise TransferError(f"the transfer could not be stopped within {CLOSE_S:g} s")

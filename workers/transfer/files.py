@@ -173,7 +173,7 @@ class FileTransfer(BackgroundTransfer):
                 self._settle(error)
             self._changed.notify_all()
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
         self._settle(TransferError(f"{self._file.path}: cancelled"))
 
     def _quiet(self) -> bool:
@@ -272,7 +272,7 @@ class FileEngine:
         if stuck:
             raise TransferError(f"{', '.join(stuck)} still in a system call after {CLOSE_S:g} s")
         for transfer in cancelled + self._queued():
-            transfer.close()
+            transfer.stop()
             transfer.step()
         with self._lock:
             files, self._files = self._files, {}

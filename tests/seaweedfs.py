@@ -1,0 +1,104 @@
+"""A real S3 server for tests, on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import sysconfig
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import obstore
+from obstore.store import S3Store
+
+from dynamo_lite.processes import Child
+from workers.transfer.stores import StoreOptions
+
+ACCESS_KEY, SECRET_KEY = "tests", "tests-secret"
+START_S = 30
+_SERVICES = ("master", "volume", "filer", "s3")
+
+
+class SeaweedFs:
+    """One process with everything in it. It may be killed and started again on its ports, with its data."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ports = _free_ports(2 * len(_SERVICES))
+        self.endpoint = f"http://127.0.0.1:{self._ports[-2]}"
+        self.options = StoreOptions(self.endpoint, access_key_id=ACCESS_KEY, secret_access_key=SECRET_KEY)
+        actions = ["Admin", "Read", "Write", "List", "Tagging"]
+        credentials = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
+        identity = {"name": "tests", "credentials": credentials, "actions": actions}
+        (folder / "data").mkdir()
+        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        self.child = self._started()
+
+    def _started(self) -> Child:
+        """A server that has taken an object."""
+        argv = [str(Path(sysconfig.get_path("scripts")) / "weed"), "server", f"-dir={self._folder / 'data'}"]
+        argv += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-filer", "-s3"]
+        argv += [f"-s3.config={self._folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        argv += ["-master.volumeSizeLimitMB=1024", "-volume.max=20"]
+        for number, service in enumerate(_SERVICES):
+            argv += [
+                f"-{service}.port={self._ports[2 * number]}",
+                f"-{service}.port.grpc={self._ports[2 * number + 1]}",
+            ]
+        for service in ("filer", "s3"):
+            argv.append(f"-{service}.localSocket={self._folder / service}.sock")
+        child = Child.start("seaweedfs", argv, self._folder / "weed.log")
+        try:
+            obstore.put(self._patient_store(), "ready", b"")
+        except BaseException:
+            child.kill()
+            raise
+        return child
+
+    def _patient_store(self) -> S3Store:
+        """Which tries again until the server is up."""
+        least, most = timedelta(milliseconds=50), timedelta(milliseconds=200)
+        return S3Store(
+            "ready",
+            endpoint=self.endpoint,
+            region="us-east-1",
+            access_key_id=ACCESS_KEY,
+            secret_access_key=SECRET_KEY,
+            virtual_hosted_style_request=False,
+            client_options={"allow_http": True},
+            retry_config={
+                "max_retries": 10_000,
+                "retry_timeout": timedelta(seconds=START_S),
+                "backoff": {"init_backoff": least, "max_backoff": most, "base": 2},
+            },
+        )
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash would end it."""
+        self.child.kill()
+        asyncio.run(self.child.stop(START_S))
+
+    def restart(self) -> None:
+        self.child = self._started()
+
+
+@contextmanager
+def seaweedfs(folder: Path) -> Iterator[SeaweedFs]:
+    """A server with its data in `folder`, killed at the end of the body; it dies with this process too."""
+    server = SeaweedFs(folder)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that the kernel just had free, all different."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
