@@ -52,6 +52,7 @@ class Reports:
 
     async def publish_load(self) -> NoReturn:
         while True:
+            await self._engine.answering()  # a router that has lost a frozen worker is not to find it again
             self._changed.clear()
             await self._publish(self._subjects.load(self._incarnation), encode(self._load()))
             with suppress(TimeoutError):

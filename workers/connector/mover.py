@@ -274,6 +274,7 @@ class Mover:
                 self._sender.lost(f"{command.incarnation}:{self._settings.rank}")
                 self._contacts.forget(command.incarnation)
             case Meet():
+                self._receiver.peer_back(command.incarnation)
                 self._contacts.meet(command.incarnation, command.agents)
             case StopPush():
                 self._sender.stop(command.request_id)

@@ -153,6 +153,10 @@ class Receiver:
             self._staging.give(*quarantine.slots)
             self._open_waiting()
 
+    def peer_back(self, incarnation: str) -> None:
+        """It had only lost its lease."""
+        self._gone.pop(incarnation, None)
+
     def peer_gone(self, incarnation: str) -> None:
         self._gone[incarnation] = None  # it may be asked once more before everybody knows
         if len(self._gone) > _GONE_KEPT:

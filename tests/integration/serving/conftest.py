@@ -18,7 +18,13 @@ GROUP: dict[str, Any] = {"count": 1, "gpu_type": "cpu", "kv_cache": "96MiB", "th
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Everything but the workers. fp32, in which the order of additions does not change a token."""
     folder = make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-    return {"model": str(folder), "served_model_name": MODEL, "dtype": "float32", "max_model_len": MAX_LENGTH}
+    return {
+        "model": str(folder),
+        "served_model_name": MODEL,
+        "dtype": "float32",
+        "max_model_len": MAX_LENGTH,
+        "kv_transfer": {"verify": True},
+    }
 
 
 @pytest.fixture(scope="session")

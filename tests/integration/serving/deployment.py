@@ -54,6 +54,23 @@ class Deployment:
     def pid(self, name: str) -> int:
         return int(self.process_of(name)["pid"])
 
+    def engine_pid(self, name: str) -> int:
+        """Of a worker's EngineCore."""
+        worker = self.pid(name)
+        children = Path(f"/proc/{worker}/task/{worker}/children").read_text().split()
+        return next(int(pid) for pid in children if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+    @contextmanager
+    def frozen(self, *pids: int) -> Iterator[None]:
+        """These processes stand still during the block."""
+        try:
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid(name), number)
 

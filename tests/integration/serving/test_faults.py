@@ -12,11 +12,12 @@ import pytest
 
 from tests.integration.serving.conftest import GROUP
 from tests.integration.serving.deployment import Deployment, serve, total, until
-from tests.integration.serving.requests import MODEL, client, prompt, tokens
+from tests.integration.serving.requests import MODEL, NEW_TOKENS, client, prompt, tokens
 
 pytestmark = pytest.mark.vllm
 
 RESTART_S = 120.0
+FROZEN_S = 14.0  # longer would end a frozen process: the supervisor after 15 s, the worker its engine after 20 s
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +68,36 @@ def test_a_client_that_leaves_during_the_prefill_frees_it_too(fragile: Deploymen
     until(lambda: at_rest(fragile, "prefill-0"), "the prefill worker freed them", 20)
 
 
+@pytest.mark.parametrize(("whole", "cause"), [(False, "engine_silent"), (True, "silent")])
+def test_a_prefill_worker_that_is_frozen_costs_no_request_and_serves_again_when_it_thaws(
+    whole: bool, cause: str, fragile: Deployment, together: Deployment
+) -> None:
+    def outcomes(outcome: str) -> float:
+        samples = fragile.metrics("decode-0")
+        return total(samples, "dynamo_lite_worker_remote_prefills_total", f'outcome="{outcome}"')
+
+    starts, failed = fragile.process_of("prefill-0")["starts"], outcomes(cause)
+    core = fragile.engine_pid("prefill-0")
+    prompts = [prompt(3500, 80 + 8 * whole + number) for number in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(tokens, fragile, one, temperature=0) for one in prompts]
+        until(lambda: running(fragile, "prefill-0") > 0, "prefills run")
+        with fragile.frozen(core, *([fragile.pid("prefill-0")] if whole else [])):
+            got = [answer.result(FROZEN_S) for answer in answers]
+    assert outcomes(cause) > failed, "the freeze hit prefills under way"
+    assert got == [tokens(together, one, temperature=0) for one in prompts]
+    until(lambda: at_rest(fragile, "decode-0"), "nothing stays held")
+    until(lambda: at_rest(fragile, "prefill-0"), "nothing stays held on the other side")
+    done = outcomes("ok")
+    tokens(fragile, prompt(3500, 79 - whole), temperature=0)
+    assert outcomes("ok") == done + 1
+    assert fragile.process_of("prefill-0")["starts"] == starts
+
+
 def test_killing_the_prefill_worker_during_prefills_costs_no_request(fragile: Deployment, together: Deployment) -> None:
-    prompts = [prompt(3500, 50 + number) for number in range(12)]
+    prompts = [prompt(3500, 50 + number) for number in range(6)]
     starts = fragile.process_of("prefill-0")["starts"]
-    with ThreadPoolExecutor(12) as pool:
+    with ThreadPoolExecutor(6) as pool:
         answers = [pool.submit(tokens, fragile, one, temperature=0) for one in prompts]
         until(lambda: running(fragile, "prefill-0") > 0, "prefills run")
         fragile.kill("prefill-0")
@@ -80,6 +107,26 @@ def test_killing_the_prefill_worker_during_prefills_costs_no_request(fragile: De
     assert got == [tokens(together, one, temperature=0) for one in prompts]
     until(lambda: at_rest(fragile, "decode-0"), "nothing stays held")
     until(lambda: fragile.restarted("prefill-0", starts + 1), "the prefill worker is back", RESTART_S)
+
+
+def test_a_decode_worker_whose_engine_is_frozen_ends_its_streams_with_an_error_and_serves_when_it_thaws(
+    fragile: Deployment,
+) -> None:
+    starts = fragile.process_of("decode-0")["starts"]
+    body = {"model": MODEL, "prompt": prompt(500, 90), "max_tokens": 3000, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{fragile.url}/v1/completions", json=body, timeout=FROZEN_S) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: ")
+        with fragile.frozen(fragile.engine_pid("decode-0")):
+            events = [line.removeprefix("data: ") for line in lines if line]
+            again = httpx.post(f"{fragile.url}/v1/completions", json=body | {"stream": False}, timeout=FROZEN_S)
+    assert json.loads(events[-1])["error"]["type"] == "worker_lost"
+    assert again.status_code == 503
+    until(lambda: httpx.get(f"{fragile.url}/health/ready").status_code == 200, "the frontend finds it again")
+    assert len(tokens(fragile, prompt(500, 91), temperature=0)) == NEW_TOKENS
+    until(lambda: at_rest(fragile, "decode-0"), "nothing stays held")
+    until(lambda: at_rest(fragile, "prefill-0"), "nothing stays held on the other side")
+    assert fragile.process_of("decode-0")["starts"] == starts
 
 
 def test_killing_the_decode_worker_ends_its_streams_with_an_error_and_the_next_request_works(

@@ -178,6 +178,20 @@ def test_a_sender_that_was_given_up_in_silence_closes_the_transfer_once_it_is_aw
         assert all(torch.equal(old, new) for old, new in zip(before, receiver.blocks([5, 6]), strict=True))
 
 
+def test_staging_of_a_sender_that_came_back_is_quarantined_like_that_of_any_other() -> None:
+    with pair() as (sender, receiver):
+        incarnation, _, _ = sender.name.partition(":")
+        receiver.mover.command(PeerGone(incarnation))
+        receiver.mover.command(Meet(incarnation, (sender.mover.agent,)))
+        plan_receive(receiver, [5])
+        opened = receiver.reports.take(ReceiveOpened)
+        receiver.mover.command(Settle(opened.transfer_id, incarnation, closed=False))
+        receiver.mover.command(GiveUp("r", opened.transfer_id))
+        assert receiver.reports.take(ReceiveEnded).cause == "given up"
+        receiver.look()
+        assert receiver.holding("quarantine") == 1
+
+
 def test_a_late_piece_of_an_earlier_attempt_changes_nothing() -> None:
     with pair() as (sender, receiver):
         plan_receive(receiver, [5, 6])
