@@ -37,12 +37,15 @@ class SeaweedFs:
         (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
         self.child = self._started()
 
+    def wait_until_it_stores(self) -> None:
+        """Raises obstore's error when it does not within 30 s."""
+        obstore.put(self._patient_store(), "first", bytes(2**16))
+
     def _started(self) -> Child:
-        """A server that has taken an object."""
         argv = [str(Path(sysconfig.get_path("scripts")) / "weed"), "server", f"-dir={self._folder / 'data'}"]
         argv += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-filer", "-s3"]
         argv += [f"-s3.config={self._folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-        argv += ["-master.volumeSizeLimitMB=1024", "-volume.max=20"]
+        argv += ["-master.electionTimeout=1s", "-master.volumeSizeLimitMB=1024", "-volume.max=20"]
         for number, service in enumerate(_SERVICES):
             argv += [
                 f"-{service}.port={self._ports[2 * number]}",
@@ -50,13 +53,7 @@ class SeaweedFs:
             ]
         for service in ("filer", "s3"):
             argv.append(f"-{service}.localSocket={self._folder / service}.sock")
-        child = Child.start("seaweedfs", argv, self._folder / "weed.log")
-        try:
-            obstore.put(self._patient_store(), "ready", b"")
-        except BaseException:
-            child.kill()
-            raise
-        return child
+        return Child.start("seaweedfs", argv, self._folder / "weed.log")
 
     def _patient_store(self) -> S3Store:
         """Which tries again until the server is up."""
@@ -80,9 +77,12 @@ class SeaweedFs:
         """SIGKILL, as a crash would end it."""
         self.child.kill()
         asyncio.run(self.child.stop(START_S))
+        for service, port in zip(_SERVICES, self._ports[1::2], strict=True):  # it does not let us say where
+            Path(f"/tmp/seaweedfs-{service}-grpc-{port}.sock").unlink(missing_ok=True)
 
     def restart(self) -> None:
         self.child = self._started()
+        obstore.get(self._patient_store(), "first").bytes()  # the volumes are back later than the port
 
 
 @contextmanager
@@ -90,6 +90,7 @@ def seaweedfs(folder: Path) -> Iterator[SeaweedFs]:
     """A server with its data in `folder`, killed at the end of the body; it dies with this process too."""
     server = SeaweedFs(folder)
     try:
+        server.wait_until_it_stores()
         yield server
     finally:
         server.kill()

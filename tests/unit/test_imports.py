@@ -44,6 +44,7 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "vllm": ("workers.vllm_engine", "workers.vllm_stats", "workers.connector"),
     "nixl": ("workers.transfer",),
     "nixl_cu12": ("workers.transfer",),
+    "obstore": ("workers.transfer",),
     "nats": ("dynamo_lite.plane.bus",),
     "etcd3aio": ("dynamo_lite.plane.discovery",),
     "torch": ("workers",),
