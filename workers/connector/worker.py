@@ -31,7 +31,7 @@ class WorkerSide:
     def __init__(self, settings: MoverSettings, start_engine: Callable[[], PeerEngine], channel: ConnectorEnd) -> None:
         self._settings, self._start_engine, self._channel = settings, start_engine, channel
         self._mover: Mover | None = None
-        self._plan = StepPlan()
+        self._plan, self._planned = StepPlan(), False
         self._invalid: set[int] = set()
 
     def register(self, kv_caches: dict[str, torch.Tensor], num_blocks: int, model: ModelKv) -> None:
@@ -53,7 +53,7 @@ class WorkerSide:
         )
 
     def bind(self, plan: StepPlan) -> None:
-        self._plan = plan
+        self._plan, self._planned = plan, False
 
     def before_forward(self, plan: StepPlan) -> None:
         """Blocks of preempted prompts are about to be overwritten by this step."""
@@ -61,12 +61,15 @@ class WorkerSide:
             self._mover.cancel_pushes(plan.preempted_pushes)
 
     def after_forward(self) -> None:
-        if self._mover is not None:
+        """Hand the step's plan to the mover. vLLM's V2 model runner leaves this out in a step without a forward pass."""
+        if self._mover is not None and not self._planned:
+            self._planned = True
             self._mover.plan(self._plan)
 
     def ended(self, finished: set[str]) -> Ended:
         if self._mover is None:
             return Ended(set(), set(), set())
+        self.after_forward()
         if self._plan.idle:
             self._mover.wait(_IDLE_STEP_S)
         ended = self._mover.ended(finished)
