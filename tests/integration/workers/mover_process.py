@@ -1,6 +1,6 @@
 """A mover in a process of its own, over real NIXL, that a test may kill, freeze or cut off. The test is its worker.
 
-python -m tests.integration.workers.mover_process FD     (FD: the socket to the test; `Start` comes first)
+    python -m tests.integration.workers.mover_process FD     (FD: the socket to the test; `Start` comes first)
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,28 +24,17 @@ from typing import Any
 from dynamo_lite.plane.wire import PushTarget
 from dynamo_lite.transports import Transport
 from tests.unit.workers.connector.reports import Reports
-from workers.connector.protocol import (
-    Alive,
-    Command,
-    Meet,
-    Probe,
-    PushEnded,
-    PushStep,
-    ReceiveOpened,
-    ReceivePlan,
-    StepPlan,
-)
+from workers.connector.protocol import Alive, Command, Holds, Probe, PushStep, ReceiveOpened, ReceivePlan, StepPlan
 
 ROOT = Path(__file__).resolve().parents[3]
-BLOCKS, BLOCK_WORDS = 96, 2**18  # of 1 MiB
+BLOCKS, BLOCK_WORDS = 96, 2**17  # of 1 MiB
 TIMEOUT_S = 1.0  # kv_transfer.timeout_ms
 WAIT_S = 15.0
-START_S = 60.0
 
 
 @dataclass(frozen=True)
 class Start:
-    """How to build the mover. Every word of its block b is `fill` + b."""
+    """How to build the mover. Every word of its KV is `fill`."""
 
     name: str
     transport: Transport
@@ -70,12 +58,7 @@ class MoverProcess:
         self._answers: queue.Queue[Any] = queue.Queue()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
-
-    @cached_property
-    def agent(self) -> bytes:
-        """Its metadata, once it has started."""
-        metadata: bytes = self._answers.get(timeout=START_S)
-        return metadata
+        self.agent: bytes = self._answers.get(timeout=WAIT_S * 2)
 
     @property
     def incarnation(self) -> str:
@@ -109,9 +92,6 @@ class MoverProcess:
         step = PushStep(f"{request_id}-engine", request_id, target, ids, first)
         self._connection.send(("plan", StepPlan(pushes=[step])))
 
-    def meet(self, other: MoverProcess) -> None:
-        self.command(Meet(other.incarnation, (other.agent,)))
-
     def command(self, command: Command) -> None:
         self._connection.send(("command", command))
 
@@ -120,17 +100,6 @@ class MoverProcess:
         found: list[set[int]] = self._ask("values", ids)
         return found
 
-    def expected(self, ids: list[int]) -> list[set[int]]:
-        """What each block holds that was filled from these of its own."""
-        return [{self.fill + index} for index in ids]
-
-    def push_ends_with(self, causes: set[str]) -> None:
-        """Within the deadline of a transfer, and a second for slow machines."""
-        started = time.monotonic()
-        cause = self.reports.take(PushEnded).cause
-        assert cause in causes
-        assert time.monotonic() - started < TIMEOUT_S + 1
-
     # ---- holds ----
 
     def look(self) -> None:
@@ -138,9 +107,13 @@ class MoverProcess:
         self.command(Probe())
         self.reports.take(Alive)
 
+    def holding(self, reason: str) -> int:
+        latest = self.reports.latest(Holds)
+        return latest.blocks.get(reason, 0) if latest is not None else 0
+
     def releases(self, *reasons: str) -> None:
         """Wait until nothing is held for these reasons."""
-        until(lambda: (self.look(), not any(map(self.reports.holding, reasons)))[1], f"{self.name} releases {reasons}")
+        until(lambda: (self.look(), not any(map(self.holding, reasons)))[1], f"{self.name} releases {reasons}")
 
     # ---- what befalls it ----
 
@@ -201,8 +174,7 @@ def _main(connection: Connection) -> None:
 
     die_with_parent()
     start: Start = connection.recv()
-    words = torch.arange(BLOCKS, dtype=torch.int32)[:, None].expand(BLOCKS, BLOCK_WORDS) + start.fill
-    cache = words.contiguous().view(torch.float32).view(BLOCKS, 2, BLOCK_WORDS // 32, 2, 8)
+    cache = torch.full((BLOCKS, 2, BLOCK_WORDS // 32, 2, 8), start.fill, dtype=torch.int32).view(torch.float32)
     sending = threading.Lock()
 
     def send(what: str, value: object) -> None:
@@ -226,8 +198,8 @@ def _main(connection: Connection) -> None:
             case "command":
                 mover.command(value)
             case "values":
-                now = cache.view(torch.int32)
-                send("answer", [set(now[block].unique().tolist()) for block in value])
+                words = cache.view(torch.int32)
+                send("answer", [set(words[block].unique().tolist()) for block in value])
 
 
 if __name__ == "__main__":
