@@ -61,7 +61,7 @@ class WorkerSide:
             self._mover.cancel_pushes(plan.preempted_pushes)
 
     def after_forward(self) -> None:
-        """Hand the step's plan to the mover. In a step without a forward pass vLLM's V2 model runner leaves this out."""
+        """Hand the step's plan to the mover. vLLM's V2 runner leaves this out of a step without a forward pass."""
         if self._mover is not None and not self._planned:
             self._planned = True
             self._mover.plan(self._plan)

@@ -1,6 +1,6 @@
 """A mover in a process of its own, over real NIXL, that a test may kill, freeze or cut off. The test is its worker.
 
-    python -m tests.integration.workers.mover_process FD     (FD: the socket to the test; `Start` comes first)
+python -m tests.integration.workers.mover_process FD     (FD: the socket to the test; `Start` comes first)
 """
 
 from __future__ import annotations
