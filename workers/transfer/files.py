@@ -81,8 +81,7 @@ class OpenFile:
     def move(self, call: Call, batch: Batch, direct: bool) -> None:
         """Read or write a batch. Raises OSError, and TransferError when the file ends before the batch does."""
         descriptor = self.direct if direct and self.direct is not None else self.buffered
-        while len(batch.iovecs):
-            moved = call(descriptor, batch.iovecs.ctypes.data, len(batch.iovecs), batch.offset)
+        while (moved := call(descriptor, batch.iovecs.ctypes.data, len(batch.iovecs), batch.offset)) != batch.size:
             if moved == 0:
                 raise TransferError(f"{self.path} ends at byte {batch.offset}")
             if moved > 0:
