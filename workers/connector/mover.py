@@ -7,6 +7,7 @@ else calls NIXL. While idle the thread sleeps; while transfers are open it polls
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -52,10 +53,11 @@ from workers.transfer.ready import Ready
 _log = logging.getLogger(__name__)
 _encode = msgspec.msgpack.Encoder().encode
 _POLL_MOVING_S = 0.00002
-_POLL_WAITING_S = 0.001
+_POLL_WAITING_S = {"cpu": 0.001, "cuda": 0.0001}  # for the other side, or the model: GPU hosts have cores to spare
 _MOVING_S = 0.002  # after the last piece, credit or write: more are likely to come
 _LINGER_S = 0.1  # after the last transfer: a notification may still wait in UCX for somebody to poll
 _JOIN_TIMEOUT_S = 5.0
+_SWITCH_S = 0.0002  # the thread that runs the model would otherwise keep the interpreter for up to 5 ms at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class Mover:
         copier.warm()  # before vLLM captures its CUDA graphs, which nobody may disturb
         self._engine, self._report, self._settings, self._on_bug = engine, report, settings, on_bug
         self._device = planes.device
+        self._poll_waiting_s = _POLL_WAITING_S[planes.device.type]
         outgoing = Staging(engine, settings.staging, slot_bytes, planes.device)
         incoming = Staging(engine, settings.staging, slot_bytes, planes.device)
         self._stagings = (outgoing, incoming)
@@ -171,6 +174,7 @@ class Mover:
     def _live(self) -> None:
         try:
             wake_precisely()
+            sys.setswitchinterval(_SWITCH_S)
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)  # a new thread starts on device 0, whatever its rank
             self._run()
@@ -205,13 +209,13 @@ class Mover:
         quiet_s = time.monotonic() - self._moved
         if not (self._sender.active or self._receiver.active or self._contacts.active or quiet_s < _LINGER_S):
             return None
-        return _POLL_MOVING_S if quiet_s < _MOVING_S else _POLL_WAITING_S
+        return _POLL_MOVING_S if quiet_s < _MOVING_S else self._poll_waiting_s
 
     def _poll(self) -> None:
         for note in self._notifications():
             self._note(note.peer, note.payload)
             self._moved = time.monotonic()
-        if self._sender.progress() or self._sender.moving:
+        if any([self._sender.progress(), self._receiver.progress(), self._sender.moving, self._receiver.moving]):
             self._moved = time.monotonic()
         self._receiver.expire()
         self._contacts.progress()

@@ -20,9 +20,8 @@ from workers.connector.protocol import IN_FLIGHT, UNWANTED, Closed, Piece, PushE
 from workers.connector.settings import MoverSettings
 from workers.connector.staging import Staging
 from workers.errors import Frozen, PeerLost, TransferError, TransferTimeout
-from workers.transfer.checksum import checksum
 from workers.transfer.engine import Memory, PeerEngine, Spans, Target, Transfer
-from workers.transfer.pack import Copier
+from workers.transfer.pack import Copier, Copy
 from workers.transfer.ready import Ready
 
 _REMEMBERED = 4096
@@ -32,11 +31,15 @@ _notes = msgspec.msgpack.Encoder()
 
 @dataclass(slots=True)
 class Flight:
-    """One piece on its way."""
+    """One piece on its way: gathered, then written."""
 
-    write: Transfer
-    local_slot: int
-    count: int
+    slot: int  # of the receiver
+    first: int  # block of the transfer
+    count: int  # blocks
+    piece: torch.Tensor  # where it is gathered
+    copy: Copy
+    local_slot: int | None  # None: it is gathered straight into the receiver's slot
+    write: Transfer | None = None
 
 
 def _remember(keys: OrderedDict[K, None], key: K) -> None:
@@ -46,8 +49,10 @@ def _remember(keys: OrderedDict[K, None], key: K) -> None:
         keys.popitem(last=False)
 
 
-def _ended(write: Transfer) -> bool:
+def _ended(write: Transfer | None) -> bool:
     """Whether a write is over, well or badly, and released."""
+    if write is None:
+        return True
     try:
         if write.poll() == "pending":
             return False
@@ -205,17 +210,11 @@ class Sender:
 
     def _advance(self, push: Push) -> bool:
         moved = False
-        for flight in list(push.flights):
-            if flight.write.poll() == "done":
-                flight.write.close()
-                push.flights.remove(flight)
-                push.written += flight.count
-                self._reached.add(push.target.where)
-                self._staging.give(flight.local_slot)
-                moved = True
         while push.queue and push.free_slots and self._staging.free and push.queue[0][2].passed:
-            self._post(push)
+            self._gather(push)
             moved = True
+        for flight in list(push.flights):
+            moved |= self._carry(push, flight)
         if push.written == push.blocks:
             del self._pushes[push.transfer_id]
             self._finish(push.engine_id, push.request_id, push.transfer_id, "", push)
@@ -228,8 +227,8 @@ class Sender:
             self._fail(push, "receiver_silent")
         return moved
 
-    def _post(self, push: Push) -> None:
-        """Gather the next piece and write it to a granted slot."""
+    def _gather(self, push: Push) -> None:
+        """Begin to gather the next piece: into a slot of our own, or the granted one where we can reach it."""
         first, ids, ready = push.queue.popleft()
         count = min(len(ids), max(1, push.piece_bytes // self._copier.block_bytes))
         if count < len(ids):
@@ -239,43 +238,61 @@ class Sender:
         push.started_ns = push.started_ns or time.time_ns()
         slot = push.free_slots.popleft()
         offset, size = slot * push.slot_bytes, count * self._copier.block_bytes
-        reached = push.target.where in self._reached
-        window = self._engine.window(push.target, offset, size) if reached else None
-        if window is not None:
-            self._copier.gather(ids[:count], window, ready)
-            self._engine.notify(push.target.where, self._note(push, slot, first, count, window))
-            push.written += count
-        else:
-            self._write(push, slot, first, ids[:count], ready)
-        push.introduced = True
+        local_slot, piece = None, None
+        if push.target.where in self._reached:
+            piece = self._engine.window(push.target, offset, size)
+        if piece is None:
+            (local_slot,) = self._staging.take(1)
+            piece = self._staging.bytes_of(local_slot)[:size]
+        copy = self._copier.gather(ids[:count], piece, ready)
+        push.flights.append(Flight(slot, first, count, piece, copy, local_slot))
         push.pieces += 1
 
-    def _write(self, push: Push, slot: int, first: int, ids: list[int], ready: Ready) -> None:
-        """Gather a piece into a slot of our own, and write that."""
-        (local_slot,) = self._staging.take(1)
-        piece = self._staging.bytes_of(local_slot)
-        try:
-            size = self._copier.gather(ids, piece, ready)
-            write = self._engine.write(
-                self._staging.region, Spans.one(local_slot * self._staging.slot_bytes, size),
-                push.target, Spans.one(slot * push.slot_bytes, size),
-                time.monotonic() + self._timeout_s, self._note(push, slot, first, len(ids), piece[:size]),
-            )  # fmt: skip
-        except TransferError:
-            self._staging.give(local_slot)
-            raise
-        push.flights.append(Flight(write, local_slot, len(ids)))
+    def _carry(self, push: Push, flight: Flight) -> bool:
+        """Take a piece as far as it goes now; True when that is any further."""
+        if flight.write is None:
+            if not flight.copy.done:
+                return False
+            note = self._note(push, flight)
+            if flight.local_slot is not None:
+                flight.write = self._write(push, flight, flight.local_slot, note)
+                return True
+            self._engine.notify(push.target.where, note)
+        elif flight.write.poll() == "pending":
+            return False
+        else:
+            flight.write.close()
+            self._reached.add(push.target.where)
+        self._land(push, flight)
+        push.written += flight.count
+        return True
 
-    def _note(self, push: Push, slot: int, first: int, count: int, piece: torch.Tensor) -> bytes:
+    def _write(self, push: Push, flight: Flight, local_slot: int, note: bytes) -> Transfer:
+        size = flight.copy.size
+        return self._engine.write(
+            self._staging.region, Spans.one(local_slot * self._staging.slot_bytes, size),
+            push.target, Spans.one(flight.slot * push.slot_bytes, size),
+            time.monotonic() + self._timeout_s, note,
+        )  # fmt: skip
+
+    def _note(self, push: Push, flight: Flight) -> bytes:
         agent = b"" if push.introduced else self._engine.metadata()
-        total = checksum(piece) if self._verify else None
-        return _notes.encode(Piece(push.transfer_id, slot, first, count, agent, total))
+        push.introduced = True
+        total = self._copier.checksum(flight.piece) if self._verify else None
+        return _notes.encode(Piece(push.transfer_id, flight.slot, flight.first, flight.count, agent, total))
+
+    def _land(self, push: Push, flight: Flight) -> None:
+        push.flights.remove(flight)
+        if flight.local_slot is not None:
+            self._staging.give(flight.local_slot)
 
     def _fail(self, push: Push, cause: str) -> None:
-        """End a push early. Its blocks are free at once: writes read staging.
+        """End a push early. Its blocks are free on return: writes read staging, and gathering is waited for.
 
         While one of its writes is still under way the worker process is told just that, and the receiver nothing.
         """
+        for flight in push.flights:
+            flight.copy.wait()
         del self._pushes[push.transfer_id]
         self._closing.append((push, cause))
         self._close_failed()
@@ -291,8 +308,7 @@ class Sender:
         for push, cause in list(self._closing):
             for flight in list(push.flights):
                 if _ended(flight.write):
-                    push.flights.remove(flight)
-                    self._staging.give(flight.local_slot)
+                    self._land(push, flight)
                     moved = True
             if not push.flights:
                 self._closing.remove((push, cause))
@@ -333,8 +349,8 @@ class Sender:
 
     @property
     def moving(self) -> bool:
-        """Something is being written, not merely computed."""
-        return any(push.flights or push.queue for push in self._pushes.values())
+        """Something is being written, or could be, and is not merely computed."""
+        return any(push.flights or (push.queue and push.queue[0][2].passed) for push in self._pushes.values())
 
     def _release(self, engine_id: str) -> None:
         if engine_id not in self._ended:

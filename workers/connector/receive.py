@@ -31,14 +31,21 @@ from workers.connector.protocol import (
 from workers.connector.settings import MoverSettings
 from workers.connector.staging import Staging
 from workers.errors import Corrupt, TransferError
-from workers.transfer.checksum import checksum
 from workers.transfer.engine import PeerEngine
-from workers.transfer.pack import Copier
+from workers.transfer.pack import Copier, Copy
 from workers.transfer.ready import Ready
 
 _GONE_KEPT = 1024
 _STAGING_PATIENCE = 10  # times the transfer's timeout: longer than a quarantine lasts whose owner is really gone
 _notes = msgspec.msgpack.Encoder()
+
+
+@dataclass(slots=True)
+class Landing:
+    """A piece that is being scattered."""
+
+    piece: Piece
+    copy: Copy
 
 
 @dataclass(slots=True)
@@ -51,6 +58,7 @@ class Receive:
     arrived: NDArray[np.bool_]  # [blocks]: scattered
     sender: str = ""  # agent name, from the first piece
     corrupt: bool = False
+    landings: list[Landing] = field(default_factory=list)
     uncredited: list[int] = field(default_factory=list)  # slots emptied before the sender was known
     pieces: int = 0
     started_ns: int = 0
@@ -178,8 +186,28 @@ class Receiver:
         if piece.agent:
             self._meet(receive, piece.agent)
         receive.pieces += 1
+        blocks = receive.plan.block_ids[piece.first : piece.first + piece.count]
+        copy = self._copier.scatter(blocks, self._staging.bytes_of(piece.slot), ready=receive.plan.ready)
+        receive.landings.append(Landing(piece, copy))
+        self._land(receive)
+
+    def progress(self) -> bool:
+        """Take note of what was scattered; True when anything was."""
+        landed = [self._land(receive) for receive in list(self._open.values()) if receive.landings]
+        return any(landed)
+
+    def _land(self, receive: Receive) -> bool:
+        """Pieces are scattered in the order in which they came."""
+        moved = False
+        while receive.landings and receive.landings[0].copy.done:
+            self._landed(receive, receive.landings.pop(0).piece)
+            moved = True
+        return moved
+
+    def _landed(self, receive: Receive, piece: Piece) -> None:
         part = slice(piece.first, piece.first + piece.count)
-        self._copier.scatter(receive.plan.block_ids[part], self._staging.bytes_of(piece.slot), ready=receive.plan.ready)
+        if receive.corrupt:
+            return
         if piece.checksum is not None and not self._verified(receive.plan.block_ids[part], piece.checksum):
             self._refuse(receive)
             return
@@ -194,8 +222,8 @@ class Receiver:
         """Whether the blocks themselves hold what was sent: read back, so that staging and scatter are covered too."""
         if self._proof is None:
             return True  # asked for by the sender only
-        size = self._copier.gather(block_ids, self._proof, Ready(self._proof.device))
-        return checksum(self._proof[:size]) == total
+        copy = self._copier.gather(block_ids, self._proof, Ready(self._proof.device))
+        return self._copier.checksum(self._proof[: copy.size]) == total
 
     def _refuse(self, receive: Receive) -> None:
         """Corrupt: the attempt fails, by the sender's word once it has stopped writing."""
@@ -274,6 +302,8 @@ class Receiver:
 
     def _end(self, receive: Receive, cause: str) -> None:
         """End an attempt early: its slots go into quarantine, unless its sender is known to have closed it."""
+        for landing in receive.landings:
+            landing.copy.wait()  # vLLM may use the blocks for something else as soon as it is told
         peer, closed = self._settled.get(receive.transfer_id, ("", False))
         self._forget(receive)
         if closed:
@@ -293,6 +323,11 @@ class Receiver:
         return self._open.get(transfer_id)
 
     # ---- state ----
+
+    @property
+    def moving(self) -> bool:
+        """Something is being scattered."""
+        return any(receive.landings for receive in self._open.values())
 
     @property
     def active(self) -> bool:

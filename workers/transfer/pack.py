@@ -7,17 +7,39 @@ of its blocks. Where the two layouts agree that is a copy of rows; where they do
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import numpy as np
 import torch
 
 from dynamo_lite.plane.layout import KvLayout, Runs, runs
+from workers.transfer.checksum import checksum
 from workers.transfer.convert import Conversion
 from workers.transfer.layout import Planes
 from workers.transfer.ready import Ready
 from workers.transfer.rows import Rows, TorchRows
 from workers.transfer.span import BlockIds, Span
+
+
+class Copy:
+    """A copy that was begun. On the CPU it is over at once; CUDA goes on by itself."""
+
+    def __init__(self, size: int, stream: torch.cuda.Stream | None) -> None:
+        """Of `size` bytes of a piece; the last thing put on the stream."""
+        self.size = size
+        self._event = torch.cuda.Event() if stream is not None else None
+        if self._event is not None:
+            self._event.record(stream)
+
+    @property
+    def done(self) -> bool:
+        """Whether every byte is in place. Raises RuntimeError when the GPU failed."""
+        return self._event is None or self._event.query()
+
+    def wait(self) -> Copy:
+        """Block until it is done: as long as the copy itself takes, once what it was to wait for has happened."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self
 
 
 class Outlet:
@@ -28,23 +50,26 @@ class Outlet:
         self.block_bytes = rows.block_bytes  # of one block of the peer's in a piece
         self.block_size = layout.block_size  # the peer's, in tokens
 
-    def gather(self, span: Span, piece: torch.Tensor, ready: Ready) -> int:
-        """Copy the span, which begins where a block of the peer's does, once `ready`; returns the bytes used."""
-        with self._copier.copying(ready):
+    def gather(self, span: Span, piece: torch.Tensor, ready: Ready) -> Copy:
+        """Begin to copy the span, which starts where a block of the peer's does, once `ready`."""
+        with self._copier.after(ready):
             ids = self._copier.index(span.block_ids)
             if isinstance(self._rows, Conversion):
                 self._rows.gather(span, ids, piece)
             else:
                 self._rows.gather(ids, piece)
-        return self.block_bytes * -(-span.tokens // self.block_size)
+        return self._copier.begun(self.block_bytes * -(-span.tokens // self.block_size))
 
 
 class Copier:
-    """Copies between a rank's planes and pieces, on a CUDA stream of its own; every call returns with the copy done."""
+    """Copies between a rank's planes and pieces, in the order asked for, on a CUDA stream of its own.
+
+    That stream goes before the model's: what is copied is little, and a whole request waits for it.
+    """
 
     def __init__(self, planes: Planes, rank: int = 0) -> None:
         self._planes, self._rank, self._device = planes, rank, planes.device
-        self._stream = torch.cuda.Stream(planes.device) if planes.device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(planes.device, priority=-1) if planes.device.type == "cuda" else None
         self._parts: dict[range, Rows] = {}
         self._outlets: dict[tuple[KvLayout, range], Outlet] = {}
         self.layout = planes.layout
@@ -63,33 +88,47 @@ class Copier:
             found = self._outlets[peer, heads] = Outlet(self, rows, peer)
         return found
 
-    def gather(self, block_ids: Sequence[int] | BlockIds, piece: torch.Tensor, ready: Ready) -> int:
-        """Copy the blocks' rows into `piece` (uint8, long enough), once `ready`; returns the bytes used."""
-        with self.copying(ready):
+    def gather(self, block_ids: Sequence[int] | BlockIds, piece: torch.Tensor, ready: Ready) -> Copy:
+        """Begin to copy the blocks' rows into `piece` (uint8, long enough), once `ready`."""
+        with self.after(ready):
             self._part(self.heads).gather(self.index(block_ids), piece)
-        return self.block_bytes * len(block_ids)
+        return self.begun(self.block_bytes * len(block_ids))
 
     def scatter(
         self, block_ids: Sequence[int] | BlockIds, piece: torch.Tensor, heads: range | None = None,
         ready: Ready | None = None,
-    ) -> None:  # fmt: skip
-        """Copy a piece of these heads (all of this rank's, if not given) into the blocks' rows, once `ready`."""
-        with self.copying(ready):
-            self._part(heads or self.heads).scatter(self.index(block_ids), piece)
+    ) -> Copy:  # fmt: skip
+        """Begin to copy a piece of these heads (None: all of this rank's) into the blocks' rows, once `ready`."""
+        rows = self._part(heads or self.heads)
+        with self.after(ready):
+            rows.scatter(self.index(block_ids), piece)
+        return self.begun(rows.block_bytes * len(block_ids))
+
+    def checksum(self, piece: torch.Tensor) -> int:
+        """See `workers.transfer.checksum`; not held up by what the model computes. Blocks until it is known."""
+        with self.after():
+            return checksum(piece)
 
     def warm(self) -> None:
         """Have the kernels compiled now, rather than in the first transfer; block 0 keeps its content."""
         if self._stream is not None:
             piece = torch.empty(self.block_bytes, dtype=torch.uint8, device=self._device)
             self.gather([0], piece, Ready(self._device))
-            self.scatter([0], piece)
+            self.scatter([0], piece).wait()
 
     def index(self, block_ids: Sequence[int] | BlockIds) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(block_ids, dtype=np.int64)).to(self._device)
+        """On the device, as of the current stream: from pageable memory CUDA takes a copy before this returns."""
+        return torch.from_numpy(np.ascontiguousarray(block_ids, dtype=np.int64)).to(self._device, non_blocking=True)
 
-    def copying(self, ready: Ready | None = None) -> _Copying | nullcontext[None]:
-        """What is done inside happens after `ready`, and is over at the end."""
-        return nullcontext() if self._stream is None else _Copying(self._stream, ready)
+    def after(self, ready: Ready | None = None) -> torch.cuda.StreamContext:
+        """What is done inside goes on this copier's stream, after `ready`. Without CUDA it simply is done."""
+        if self._stream is not None and ready is not None:
+            ready.before(self._stream)
+        return torch.cuda.stream(self._stream)
+
+    def begun(self, size: int) -> Copy:
+        """What was put on this copier's stream so far, as one copy of that many bytes."""
+        return Copy(size, self._stream)
 
     def _part(self, heads: range) -> Rows:
         found = self._parts.get(heads)
@@ -97,23 +136,6 @@ class Copier:
             each = runs(self.layout, self._rank, heads)
             found = self._parts[heads] = _rows(self._planes, each * self.layout.layers)
         return found
-
-
-class _Copying:
-    """A stream as a context, waited for at the end."""
-
-    def __init__(self, stream: torch.cuda.Stream, ready: Ready | None) -> None:
-        self._stream, self._ready = stream, ready
-        self._context = torch.cuda.stream(stream)
-
-    def __enter__(self) -> None:
-        self._context.__enter__()
-        if self._ready is not None:
-            self._ready.before(self._stream)
-
-    def __exit__(self, *error: object) -> None:
-        self._context.__exit__(*error)
-        self._stream.synchronize()
 
 
 def _rows(planes: Planes, where: Sequence[Runs]) -> Rows:

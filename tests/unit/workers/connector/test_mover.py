@@ -74,6 +74,7 @@ def test_vllm_hears_of_a_push_only_after_it_has_finished_the_request() -> None:
         plan_receive(receiver, [5])
         push(sender, target_of(receiver.reports.take(ReceiveOpened)), [9])
         sender.reports.take(PushEnded)
+        sender.mover.wait(5)
         assert sender.mover.ended(set()).sent == set()
         assert sender.mover.ended({"r-engine", "another"}).sent == {"r-engine"}
 

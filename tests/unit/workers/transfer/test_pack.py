@@ -35,7 +35,7 @@ def test_scattering_what_was_gathered_copies_the_blocks_and_nothing_else(
     placed = data.draw(st.permutations(range(blocks)))[: len(taken)]
     piece = torch.zeros(source.block_bytes * blocks, dtype=torch.uint8)
 
-    used = Copier(source).gather(taken, piece, READY)
+    used = Copier(source).gather(taken, piece, READY).size
     Copier(target).scatter(np.array(placed), piece)
 
     assert used == source.block_bytes * len(taken)
@@ -76,7 +76,7 @@ def move(senders: list[Rank], taken: list[int], receivers: list[Rank], placed: l
                 head, rest = rest.head(2 * decode.block_size), rest.rest(2 * decode.block_size)
                 count = -(-head.tokens // decode.block_size)
                 piece = torch.full((2 * outlet.block_bytes,), 255, dtype=torch.uint8)
-                assert outlet.gather(head, piece, READY) == count * outlet.block_bytes
+                assert outlet.gather(head, piece, READY).size == count * outlet.block_bytes
                 scattered.scatter(placed[done : done + count], piece, heads)
                 done += count
 
