@@ -69,11 +69,22 @@ class KvTransfer(Model):
     traffic_class: Annotated[int, Field(ge=0, le=255)] | None = None  # of RoCE packets
     transport_threads: Annotated[int, Field(ge=1, le=64)] = 1
     timeout_ms: Annotated[int, Field(gt=0)] = 2000  # longest silence of a prefill worker before the next is tried
-    staging: Bytes = 64 * 2**20  # registered memory per worker and rank for pieces in flight, each direction
-    piece: Bytes = 4 * 2**20  # largest piece of one write
+    staging: Bytes | None = None  # registered memory per worker and rank for pieces in flight, each direction
+    piece: Bytes | None = None  # largest piece of one write
     window: Annotated[int, Field(ge=1, le=64)] = 4  # pieces in flight per transfer
     verify: bool = False  # checksum every piece, end to end
     min_remote_tokens: Annotated[int, Field(ge=1)] = 64  # shorter uncached remainders are computed by the decode worker
+
+    def staging_on(self, device: Literal["cpu", "cuda"]) -> int:
+        """Bytes in each direction: by default room for 16 pieces."""
+        return self.staging if self.staging is not None else 16 * _PIECE[device]
+
+    def piece_on(self, device: Literal["cpu", "cuda"]) -> int:
+        """Bytes. A GPU moves large pieces only: at 2 MiB each, an H100 reached an eighth of its speed at 512 MiB."""
+        return self.piece if self.piece is not None else min(_PIECE[device], self.staging_on(device))
+
+
+_PIECE = {"cpu": 4 * 2**20, "cuda": 32 * 2**20}
 
 
 class WorkerGroup(Model):

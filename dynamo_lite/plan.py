@@ -196,14 +196,14 @@ class _Planner:
         return Memory(
             weights=self.shape.weight_bytes(self.config.dtype) if self.shape else 0,
             kv=ranks * (kv_cache or 0),
-            staging=ranks * 2 * self.config.kv_transfer.staging,  # once for sending, once for receiving
+            staging=ranks * 2 * self.config.kv_transfer.staging_on(device),  # once for sending, once for receiving
             overhead=VLLM_OVERHEAD * ranks,
         )
 
     def _check_transfer(self) -> None:
-        transfer = self.config.kv_transfer
-        if transfer.piece > transfer.staging:
-            message = f"kv_transfer.piece ({gib(transfer.piece)}) is larger than staging ({gib(transfer.staging)})"
+        piece, staging = self.config.kv_transfer.piece, self.config.kv_transfer.staging_on("cpu")
+        if piece is not None and piece > staging:
+            message = f"kv_transfer.piece ({gib(piece)}) is larger than staging ({gib(staging)})"
             raise ConfigError(message, key="kv_transfer.piece")
 
     def _check_kv(self, role: str, group: WorkerGroup, device: Device, kv_cache: int | None) -> None:

@@ -13,7 +13,7 @@ import signal
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import vllm
@@ -109,6 +109,7 @@ class VllmEngine:
 
     def _arguments(self) -> AsyncEngineArgs:
         config, transfer = self._spec.config, self._spec.config.kv_transfer
+        device: Literal["cpu", "cuda"] = "cpu" if vllm.platforms.current_platform.is_cpu() else "cuda"
         values: dict[str, Any] = {
             "model": str(self._spec.model_path),
             "served_model_name": config.model_name,  # the label of vLLM's metrics
@@ -136,8 +137,8 @@ class VllmEngine:
                     "channel": self._channel.path,
                     "incarnation": self._incarnation,
                     "min_remote_tokens": transfer.min_remote_tokens,
-                    "staging": transfer.staging,
-                    "piece": transfer.piece,
+                    "staging": transfer.staging_on(device),
+                    "piece": transfer.piece_on(device),
                     "window": transfer.window,
                     "threads": transfer.transport_threads,
                     "transport": transfer.transport,
@@ -147,7 +148,7 @@ class VllmEngine:
                 },
             ),
         }
-        if vllm.platforms.current_platform.is_cpu():
+        if device == "cpu":
             values |= {"enforce_eager": True, "block_size": _CPU_BLOCK_SIZE}
             values["kv_cache_memory_bytes"] = self._spec.kv_cache or _CPU_KV_CACHE
             if self._role.decodes:

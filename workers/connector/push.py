@@ -210,11 +210,11 @@ class Sender:
 
     def _advance(self, push: Push) -> bool:
         moved = False
-        while push.queue and push.free_slots and self._staging.free and push.queue[0][2].passed:
-            self._gather(push)
-            moved = True
         for flight in list(push.flights):
             moved |= self._carry(push, flight)
+        while push.queue and push.free_slots and self._staging.free and push.queue[0][2].passed:
+            self._carry(push, self._gather(push))
+            moved = True
         if push.written == push.blocks:
             del self._pushes[push.transfer_id]
             self._finish(push.engine_id, push.request_id, push.transfer_id, "", push)
@@ -227,7 +227,7 @@ class Sender:
             self._fail(push, "receiver_silent")
         return moved
 
-    def _gather(self, push: Push) -> None:
+    def _gather(self, push: Push) -> Flight:
         """Begin to gather the next piece: into a slot of our own, or the granted one where we can reach it."""
         first, ids, ready = push.queue.popleft()
         count = min(len(ids), max(1, push.piece_bytes // self._copier.block_bytes))
@@ -245,8 +245,10 @@ class Sender:
             (local_slot,) = self._staging.take(1)
             piece = self._staging.bytes_of(local_slot)[:size]
         copy = self._copier.gather(ids[:count], piece, ready)
-        push.flights.append(Flight(slot, first, count, piece, copy, local_slot))
+        flight = Flight(slot, first, count, piece, copy, local_slot)
+        push.flights.append(flight)
         push.pieces += 1
+        return flight
 
     def _carry(self, push: Push, flight: Flight) -> bool:
         """Take a piece as far as it goes now; True when that is any further."""

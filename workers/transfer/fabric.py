@@ -1,7 +1,7 @@
 """The transfer engine between workers: UCX through NIXL, and on one host memory that both sides address.
 
-`kv_transfer.transport` chooses: UCX is told by its environment (`dynamo_lite.transfer_plan`), shared memory is
-offered here unless the transport rules it out.
+`kv_transfer.transport` chooses: UCX is told by its environment (`dynamo_lite.transfer_plan`), memory of host and GPU is
+shared here unless the transport rules it out.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 from dynamo_lite.rdma import RdmaPort
 from dynamo_lite.transports import Path, Transport, path_between
 from workers.errors import Mismatch, TransferError
+from workers.transfer.cuda_ipc import CudaBytes, open_cuda, share_cuda
 from workers.transfer.engine import Memory, Notification, Region, Spans, Target, Transfer
 from workers.transfer.nixl import NixlAgent
-from workers.transfer.shared import Shared, SharedBytes, host_id, open_shared
+from workers.transfer.shared import Shared, SharedBytes, Window, host_id, open_shared
 
 
 class Card(msgspec.Struct, frozen=True, array_like=True):
@@ -27,6 +28,7 @@ class Card(msgspec.Struct, frozen=True, array_like=True):
     host: str
     agent: bytes  # NIXL's metadata
     shared: tuple[SharedBytes, ...]
+    cuda: tuple[CudaBytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class Peer:
 
     name: str
     same_host: bool
-    windows: tuple[tuple[SharedBytes, torch.Tensor], ...]
+    windows: tuple[Window, ...]
 
 
 class Fabric:
@@ -51,16 +53,19 @@ class Fabric:
         self._transport, self._rdma = transport, rdma
         self._agent = NixlAgent(name, threads)
         self._shared: list[Shared] = []
-        self._memory: Memory = "DRAM"
+        self._cuda: list[CudaBytes] = []
+        self._device = torch.device("cpu")
         self._peers: dict[str, Peer] = {}
         self._cards: dict[bytes, str] = {}
 
     # ---- own memory ----
 
     def allocate(self, size: int, device: torch.device) -> tuple[torch.Tensor, Region]:
+        self._device = device
         if device.type != "cpu":
-            self._memory = "VRAM"
             memory = torch.zeros(size, dtype=torch.uint8, device=device)
+            if self._transport in ("auto", "cuda_ipc") and (card := share_cuda(memory)) is not None:
+                self._cuda.append(card)
         elif self._transport in ("auto", "shm"):
             shared = Shared(size)
             self._shared.append(shared)
@@ -69,6 +74,10 @@ class Fabric:
             memory = torch.zeros(size, dtype=torch.uint8)
         return memory, self.register(memory.data_ptr(), size, self._memory, device.index or 0)
 
+    @property
+    def _memory(self) -> Memory:
+        return "DRAM" if self._device.type == "cpu" else "VRAM"
+
     def register(self, address: int, size: int, memory: Memory, device: int) -> Region:
         return self._agent.register(address, size, memory, device)
 
@@ -76,7 +85,7 @@ class Fabric:
 
     def metadata(self) -> bytes:
         cards = tuple(shared.card for shared in self._shared)
-        return msgspec.msgpack.encode(Card(self.name, host_id(), self._agent.metadata(), cards))
+        return msgspec.msgpack.encode(Card(self.name, host_id(), self._agent.metadata(), cards, tuple(self._cuda)))
 
     def connect(self, metadata: bytes) -> str:
         known = self._cards.get(metadata)
@@ -89,16 +98,26 @@ class Fabric:
         same_host = card.host == host_id()
         if self._transport in ("shm", "cuda_ipc") and not same_host:
             raise Mismatch(f"kv_transfer.transport is {self._transport}, but {card.name} is on another host")
-        windows = []
-        if self._transport in ("auto", "shm"):
-            windows = [(one, window) for one in card.shared if (window := open_shared(one)) is not None]
+        windows = self._open(card)
         self._agent.add(card.agent)
-        self._peers[card.name] = Peer(card.name, same_host, tuple(windows))
+        self._peers[card.name] = Peer(card.name, same_host, windows)
         self._cards[metadata] = card.name
         return card.name
 
+    def _open(self, card: Card) -> tuple[Window, ...]:
+        """What of a peer's memory can be addressed from here, and may be."""
+        found: list[Window | None] = []
+        if self._memory == "DRAM" and self._transport in ("auto", "shm"):
+            found += [open_shared(one) for one in card.shared]
+        if self._memory == "VRAM" and self._transport in ("auto", "cuda_ipc"):
+            found += [open_cuda(one, self._device) for one in card.cuda]
+        return tuple(window for window in found if window is not None)
+
     def disconnect(self, peer: str) -> None:
-        if self._peers.pop(peer, None) is not None:
+        known = self._peers.pop(peer, None)
+        if known is not None:
+            for window in known.windows:
+                window.close()
             self._cards = {key: name for key, name in self._cards.items() if name != peer}
             self._agent.remove(peer)
 
@@ -107,10 +126,10 @@ class Fabric:
 
     def window(self, target: Target, offset: int, size: int) -> torch.Tensor | None:
         peer = self._peers.get(target.where)
-        for card, window in peer.windows if peer is not None else ():
-            first = target.address + offset - card.address
-            if 0 <= first <= card.size - size:
-                return window[first : first + size]
+        for window in peer.windows if peer is not None else ():
+            first = target.address + offset - window.address
+            if 0 <= first <= len(window.bytes) - size:
+                return window.bytes[first : first + size]
         return None
 
     # ---- moving ----

@@ -144,4 +144,7 @@ def _rows(planes: Planes, where: Sequence[Runs]) -> Rows:
 
         if triton_pack.fits(planes.planes, where):
             return triton_pack.TritonRows(planes.planes, where)
-    return TorchRows(planes.planes, where)
+        return TorchRows(planes.planes, where)
+    from workers.transfer.native_rows import NativeRows  # noqa: PLC0415  # GPU hosts need no compiler for the CPU
+
+    return NativeRows(planes.planes, where)

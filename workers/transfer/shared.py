@@ -10,6 +10,8 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -29,6 +31,15 @@ class SharedBytes(msgspec.Struct, frozen=True, array_like=True):
     address: int  # in the owner's address space
     size: int  # bytes, without the nonce that follows
     nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A peer's allocation, mapped here."""
+
+    address: int  # in the peer's address space
+    bytes: torch.Tensor  # [size]
+    close: Callable[[], object]  # once nothing of it is used any more
 
 
 def host_id() -> str:
@@ -54,8 +65,8 @@ class Shared:
         os.close(self._fd)
 
 
-def open_shared(card: SharedBytes) -> torch.Tensor | None:
-    """A peer's allocation, `[size]` bytes, or None where it cannot be reached from here.
+def open_shared(card: SharedBytes) -> Window | None:
+    """A peer's allocation, or None where it cannot be reached from here.
 
     Raises StaleIncarnation when that pid is another process by now.
     """
@@ -68,6 +79,7 @@ def open_shared(card: SharedBytes) -> torch.Tensor | None:
     try:
         if os.fstat(fd).st_size != card.size + _NONCE_BYTES or os.pread(fd, _NONCE_BYTES, card.size) != card.nonce:
             raise StaleIncarnation(f"process {card.pid} is not the worker that offered its memory")
-        return torch.frombuffer(mmap.mmap(fd, card.size + _NONCE_BYTES), dtype=torch.uint8, count=card.size)
+        mapped = torch.frombuffer(mmap.mmap(fd, card.size + _NONCE_BYTES), dtype=torch.uint8, count=card.size)
+        return Window(card.address, mapped, lambda: None)  # the mapping lasts as long as a tensor uses it
     finally:
         os.close(fd)

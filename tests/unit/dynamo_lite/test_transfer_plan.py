@@ -8,6 +8,7 @@ from dynamo_lite.config import Config
 from dynamo_lite.rdma import RdmaPort
 from dynamo_lite.transfer_plan import Device, TransferPlan
 
+ALWAYS = {"UCX_RNDV_THRESH": "inf", "UCX_TCP_TX_SEG_SIZE": "256k", "UCX_TCP_RX_SEG_SIZE": "256k"}
 INFINIBAND = RdmaPort("mlx5_0", 1, "InfiniBand", "ACTIVE")
 ROCE = RdmaPort("mlx5_1", 1, "Ethernet", "ACTIVE")
 DOWN = RdmaPort("mlx5_2", 1, "InfiniBand", "DOWN")
@@ -24,8 +25,8 @@ def problems(made: TransferPlan, device: Device = "cuda") -> list[tuple[str, str
 
 
 def test_left_alone_ucx_chooses_and_stays_on_loopback_where_all_workers_are_on_this_host() -> None:
-    assert plan().environment("cpu") == {"UCX_RNDV_THRESH": "inf", "UCX_NET_DEVICES": "lo"}
-    assert plan(spread=True).environment("cpu") == {"UCX_RNDV_THRESH": "inf"}
+    assert plan().environment("cpu") == {**ALWAYS, "UCX_NET_DEVICES": "lo"}
+    assert plan(spread=True).environment("cpu") == ALWAYS
 
 
 def test_the_rdma_device_becomes_a_ucx_port() -> None:
@@ -55,7 +56,7 @@ def test_roce_has_its_gid_and_its_traffic_class() -> None:
 
 def test_settings_of_another_transport_are_not_used_and_a_warning() -> None:
     made = plan(INFINIBAND, transport="tcp", rdma_device="mlx5_0", gid_index=3, spread=True)
-    assert made.environment("cpu") == {"UCX_RNDV_THRESH": "inf", "UCX_TLS": "tcp,self"}
+    assert made.environment("cpu") == {**ALWAYS, "UCX_TLS": "tcp,self"}
     assert list(made.warnings()) == [
         "kv_transfer.rdma_device is not used with transport tcp",
         "kv_transfer.gid_index is for RoCE, and not used with transport tcp",
