@@ -48,7 +48,7 @@ def config(folder: Path, verify: bool) -> Path:
             "prefill": {**worker, "kv_cache": "8GiB"},
             "decode": {**worker, "kv_cache": "20GiB"},
         },
-        "kv_transfer": {"staging": "512MiB", "piece": "32MiB", "window": 8, "verify": verify},
+        "kv_transfer": {"verify": verify},
     }
     file = folder / "gpu.yaml"
     file.write_text(json.dumps(content))  # JSON is YAML
@@ -184,11 +184,29 @@ async def measure(run: dict[str, Any], quick: bool) -> dict[str, Any]:
     return found
 
 
+def stages(spans: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Where a remotely prefilled request's time went, in milliseconds, in the order of the requests."""
+    traces: dict[str, dict[str, dict[str, Any]]] = {}
+    for span in spans:
+        traces.setdefault(span["trace_id"], {})[span["name"]] = span
+    found = []
+    for trace in sorted(traces.values(), key=lambda trace: min(span["start_ns"] for span in trace.values())):
+        if not trace.keys() >= {"decode", "prefill", "kv.transfer"}:
+            continue
+        decode, prefill, transfer = (trace[name] for name in ("decode", "prefill", "kv.transfer"))
+        marks = [decode["start_ns"], prefill["start_ns"], transfer["start_ns"], transfer["end_ns"], decode["end_ns"]]
+        names = ("until prefill", "until first piece", "transfer", "until end")
+        steps = {name: (after - before) / 1e6 for name, (before, after) in zip(names, itertools.pairwise(marks))}
+        found.append({"tokens": prefill["attributes"]["prompt_tokens"], **steps})
+    return found
+
+
 def main(folder: Path, quick: bool, verify: bool) -> dict[str, Any]:
     with serve(config(folder, verify), folder / "run") as deployment:
         print(f"ready after {deployment.ready_s:.1f} s", flush=True)
         found = asyncio.run(measure(deployment.run, quick))
         found["ready_s"] = deployment.ready_s
     spans = [json.loads(line) for line in (folder / "run" / "traces.jsonl").read_text().splitlines()]
+    found["stages"] = stages(spans)
     found["transfers"] = [span["attributes"] for span in spans if span["name"] == "kv.transfer"]
     return found
