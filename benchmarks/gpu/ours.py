@@ -196,7 +196,9 @@ def stages(spans: list[dict[str, Any]]) -> list[dict[str, float]]:
         decode, prefill, transfer = (trace[name] for name in ("decode", "prefill", "kv.transfer"))
         marks = [decode["start_ns"], prefill["start_ns"], transfer["start_ns"], transfer["end_ns"], decode["end_ns"]]
         names = ("until prefill", "until first piece", "transfer", "until end")
-        steps = {name: (after - before) / 1e6 for name, (before, after) in zip(names, itertools.pairwise(marks))}
+        steps = {
+            name: (after - before) / 1e6 for name, (before, after) in zip(names, itertools.pairwise(marks), strict=True)
+        }
         found.append({"tokens": prefill["attributes"]["prompt_tokens"], **steps})
     return found
 
