@@ -1,7 +1,7 @@
 """The mover: one thread per rank that owns the transfer engine, the staging and both halves of every transfer.
 
 vLLM's own thread only leaves plans here and collects what ended, so a transfer never delays an engine step. Nothing
-else calls NIXL. While idle the thread sleeps; while transfers are open it polls, the more often the more is moving.
+else calls NIXL. The thread sleeps until something happens, and polls only while bytes move, or for what comes by UCX.
 """
 
 from __future__ import annotations
@@ -44,16 +44,18 @@ from workers.connector.push import Sender
 from workers.connector.receive import Receiver
 from workers.connector.settings import MoverSettings
 from workers.connector.staging import Staging
+from workers.connector.wake import Wake
 from workers.errors import TransferError
 from workers.transfer.engine import Notification, PeerEngine
 from workers.transfer.layout import Planes
 from workers.transfer.pack import Copier
-from workers.transfer.ready import Ready
+from workers.transfer.ready import Ready, ReadyWatch
 
 _log = logging.getLogger(__name__)
 _encode = msgspec.msgpack.Encoder().encode
 _POLL_MOVING_S = 0.00002
-_POLL_WAITING_S = {"cpu": 0.001, "cuda": 0.0001}  # for the other side, or the model: GPU hosts have cores to spare
+_POLL_WAITING_S = 0.001
+_POLL_DEADLINES_S = 0.05  # nothing has to be polled for: whatever happens wakes us
 _MOVING_S = 0.002  # after the last piece, credit or write: more are likely to come
 _LINGER_S = 0.1  # after the last transfer: a notification may still wait in UCX for somebody to poll
 _JOIN_TIMEOUT_S = 5.0
@@ -86,7 +88,6 @@ class Mover:
         copier.warm()  # before vLLM captures its CUDA graphs, which nobody may disturb
         self._engine, self._report, self._settings, self._on_bug = engine, report, settings, on_bug
         self._device = planes.device
-        self._poll_waiting_s = _POLL_WAITING_S[planes.device.type]
         outgoing = Staging(engine, settings.staging, slot_bytes, planes.device)
         incoming = Staging(engine, settings.staging, slot_bytes, planes.device)
         self._stagings = (outgoing, incoming)
@@ -96,7 +97,8 @@ class Mover:
         self.agent = engine.metadata()  # for other workers; here, before the thread owns the engine
         self._notes = msgspec.msgpack.Decoder(Note)
         self._todo: deque[Callable[[], None]] = deque()
-        self._wake = threading.Condition()
+        self._wake = Wake(engine)
+        self._ready_watch = ReadyWatch(self._wake.ring) if planes.device.type == "cuda" else None
         self._lock = threading.Lock()  # held while blocks are read or written: `cancel_pushes` waits for it
         self._ended_lock = threading.Lock()
         self._pushing: set[str] = set()  # engine ids with a push that vLLM has not been told the end of
@@ -121,6 +123,8 @@ class Mover:
                 self._pushing |= {push.engine_id for push in step.pushes}
             ready = Ready(self._device)
             self._do(lambda: self._take(step, ready))
+            if step.pushes and self._ready_watch is not None:
+                self._ready_watch.watch(ready)
 
     def cancel_pushes(self, engine_ids: list[str]) -> None:
         """Return once no block of these prompts is read any more: vLLM is about to hand them out."""
@@ -159,17 +163,15 @@ class Mover:
         self._do(lambda: self._obey(command))
 
     def close(self) -> None:
-        with self._wake:
-            self._stopped = True
-            self._wake.notify()
+        self._stopped = True
+        self._wake.ring()
         self._thread.join(timeout=_JOIN_TIMEOUT_S)
 
     # ---- the thread ----
 
     def _do(self, action: Callable[[], None]) -> None:
-        with self._wake:
-            self._todo.append(action)
-            self._wake.notify()
+        self._todo.append(action)
+        self._wake.ring()
 
     def _live(self) -> None:
         try:
@@ -185,20 +187,18 @@ class Mover:
     def _run(self) -> None:
         last = time.monotonic()
         while True:
-            with self._wake:
-                if not self._todo and not self._stopped:
-                    self._wake.wait(self._pause())
-                if self._stopped:
-                    break
-                actions, self._todo = list(self._todo), deque()
+            if not self._todo:
+                self._wake.wait(self._pause())
+            if self._stopped:
+                break
             now = time.monotonic()
             with self._lock:
                 if now - last > self._settings.timeout_s and self._sender.active:
                     # This process was frozen: receivers have given up on these pushes, and must not be written to.
                     self._sender.fail_all("frozen")
                 self._sender.fence = now + self._settings.timeout_s
-                for action in actions:
-                    action()
+                while self._todo:
+                    self._todo.popleft()()
                 self._poll()
             last = now
             self._tell_holds()
@@ -207,9 +207,10 @@ class Mover:
 
     def _pause(self) -> float | None:
         quiet_s = time.monotonic() - self._moved
-        if not (self._sender.active or self._receiver.active or self._contacts.active or quiet_s < _LINGER_S):
-            return None
-        return _POLL_MOVING_S if quiet_s < _MOVING_S else self._poll_waiting_s
+        polled = self._engine.polled
+        if self._sender.active or self._receiver.active or self._contacts.active or (polled and quiet_s < _LINGER_S):
+            return _POLL_MOVING_S if quiet_s < _MOVING_S else _POLL_WAITING_S if polled else _POLL_DEADLINES_S
+        return None
 
     def _poll(self) -> None:
         for note in self._notifications():

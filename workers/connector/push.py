@@ -105,8 +105,6 @@ class Sender:
         self._stopped: OrderedDict[str, None] = OrderedDict()  # request ids the receiver gave up on, the latest ones
         self._refused: OrderedDict[int, None] = OrderedDict()  # transfer ids that it refused before they began
         self._preempted: set[str] = set()  # engine ids whose steps may still come, but must not be read any more
-        # Peers that a write was completed to: only a wired connection carries a notification while nobody polls.
-        self._reached: set[str] = set()
         self.fence = 0.0  # nothing is written after this time: the mover moves it on while it runs
         self.fresh: list[str] = []  # those that ended since the mover last looked
 
@@ -238,9 +236,7 @@ class Sender:
         push.started_ns = push.started_ns or time.time_ns()
         slot = push.free_slots.popleft()
         offset, size = slot * push.slot_bytes, count * self._copier.block_bytes
-        local_slot, piece = None, None
-        if push.target.where in self._reached:
-            piece = self._engine.window(push.target, offset, size)
+        local_slot, piece = None, self._engine.window(push.target, offset, size)
         if piece is None:
             (local_slot,) = self._staging.take(1)
             piece = self._staging.bytes_of(local_slot)[:size]
@@ -264,7 +260,6 @@ class Sender:
             return False
         else:
             flight.write.close()
-            self._reached.add(push.target.where)
         self._land(push, flight)
         push.written += flight.count
         return True
@@ -322,7 +317,6 @@ class Sender:
         return moved
 
     def lost(self, peer: str) -> None:
-        self._reached.discard(peer)
         self._engine.disconnect(peer)
 
     def _say_closed(self, peer: str, transfer_id: int, cause: str) -> None:

@@ -69,6 +69,7 @@ def open_cuda(card: CudaBytes, device: torch.device) -> Window | None:
     if _driver().cuIpcOpenMemHandle_v2(ctypes.byref(base), handle, _LAZY_PEER_ACCESS):
         return None  # no peer access between these GPUs, or that process has just ended
     # Not by __cuda_array_interface__: torch would look for the memory's own device, which may be hidden from us.
-    storage = torch._C._construct_storage_from_data_pointer(base.value + card.offset, device, card.size)
-    mapped = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+    here = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    storage = torch._C._construct_storage_from_data_pointer(base.value + card.offset, here, card.size)
+    mapped = torch.empty(0, dtype=torch.uint8, device=here).set_(storage)
     return Window(card.address, mapped, functools.partial(_driver().cuIpcCloseMemHandle, base.value))

@@ -172,6 +172,15 @@ class PeerEngine(TransferEngine, Protocol):
 
     def notifications(self) -> list[Notification]: ...
 
+    def fileno(self) -> int:
+        """Readable when there are notifications, but for those that have to be polled for."""
+        ...
+
+    @property
+    def polled(self) -> bool:
+        """Whether those of some connected peer have to be polled for."""
+        ...
+
 
 __all__ = [
     "Memory", "Notification", "PeerEngine", "Progress", "Region", "Spans", "Target", "Transfer", "TransferEngine",

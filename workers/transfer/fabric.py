@@ -7,7 +7,9 @@ shared here unless the transport rules it out.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 import torch
@@ -17,8 +19,11 @@ from dynamo_lite.transports import Path, Transport, path_between
 from workers.errors import Mismatch, TransferError
 from workers.transfer.cuda_ipc import CudaBytes, open_cuda, share_cuda
 from workers.transfer.engine import Memory, Notification, Region, Spans, Target, Transfer
+from workers.transfer.near import NearNotes
 from workers.transfer.nixl import NixlAgent
 from workers.transfer.shared import Shared, SharedBytes, Window, host_id, open_shared
+
+_NEAR: tuple[Transport, ...] = ("auto", "shm", "cuda_ipc")  # may share memory, and be told things, without NIXL
 
 
 class Card(msgspec.Struct, frozen=True, array_like=True):
@@ -29,6 +34,7 @@ class Card(msgspec.Struct, frozen=True, array_like=True):
     agent: bytes  # NIXL's metadata
     shared: tuple[SharedBytes, ...]
     cuda: tuple[CudaBytes, ...]
+    notes: str  # address, see NearNotes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +43,26 @@ class Peer:
 
     name: str
     same_host: bool
+    near: bool  # told things without NIXL
     windows: tuple[Window, ...]
+
+
+class _ThenTold(Transfer):
+    """A transfer whose end the peer is told of by us, not by NIXL."""
+
+    def __init__(self, transfer: Transfer, deadline: float, tell: Callable[[], None]) -> None:
+        super().__init__(deadline)
+        self._transfer, self._tell = transfer, tell
+        self._told = False
+
+    def _advance(self) -> bool:
+        if not self._told and self._transfer.poll() == "done":
+            self._tell()
+            self._told = True
+        return self._told
+
+    def close(self) -> None:
+        self._transfer.close()
 
 
 class Fabric:
@@ -52,6 +77,7 @@ class Fabric:
         self.name = name
         self._transport, self._rdma = transport, rdma
         self._agent = NixlAgent(name, threads)
+        self._near = NearNotes(name)
         self._shared: list[Shared] = []
         self._cuda: list[CudaBytes] = []
         self._device = torch.device("cpu")
@@ -85,7 +111,8 @@ class Fabric:
 
     def metadata(self) -> bytes:
         cards = tuple(shared.card for shared in self._shared)
-        return msgspec.msgpack.encode(Card(self.name, host_id(), self._agent.metadata(), cards, tuple(self._cuda)))
+        agent, near = self._agent.metadata(), self._near.address
+        return msgspec.msgpack.encode(Card(self.name, host_id(), agent, cards, tuple(self._cuda), near))
 
     def connect(self, metadata: bytes) -> str:
         known = self._cards.get(metadata)
@@ -98,9 +125,10 @@ class Fabric:
         same_host = card.host == host_id()
         if self._transport in ("shm", "cuda_ipc") and not same_host:
             raise Mismatch(f"kv_transfer.transport is {self._transport}, but {card.name} is on another host")
-        windows = self._open(card)
+        near = same_host and self._transport in _NEAR and self._near.connect(card.name, card.notes)
+        windows = self._open(card) if near else ()
         self._agent.add(card.agent)
-        self._peers[card.name] = Peer(card.name, same_host, windows)
+        self._peers[card.name] = Peer(card.name, same_host, near, windows)
         self._cards[metadata] = card.name
         return card.name
 
@@ -116,6 +144,7 @@ class Fabric:
     def disconnect(self, peer: str) -> None:
         known = self._peers.pop(peer, None)
         if known is not None:
+            self._near.disconnect(peer)
             for window in known.windows:
                 window.close()
             self._cards = {key: name for key, name in self._cards.items() if name != peer}
@@ -137,23 +166,40 @@ class Fabric:
     def write(
         self, region: Region, here: Spans, target: Target, there: Spans, deadline: float, notify: bytes = b""
     ) -> Transfer:
-        return self._agent.start("WRITE", region, here, target, there, deadline, notify)
+        peer = self._peers.get(target.where)
+        if peer is None or not peer.near:
+            return self._agent.start("WRITE", region, here, target, there, deadline, notify)
+        write = self._agent.start("WRITE", region, here, target, there, deadline, b"")
+        return _ThenTold(write, deadline, partial(self._near.send, peer.name, notify)) if notify else write
 
     def read(self, region: Region, here: Spans, target: Target, there: Spans, deadline: float) -> Transfer:
         """Prefer `write` from the other side: see `workers.transfer.nixl`."""
         return self._agent.start("READ", region, here, target, there, deadline, b"")
 
     def notify(self, peer: str, payload: bytes) -> None:
-        self._agent.notify(peer, payload)
+        known = self._peers.get(peer)
+        if known is not None and known.near:
+            self._near.send(peer, payload)
+        else:
+            self._agent.notify(peer, payload)
 
     def notifications(self) -> list[Notification]:
-        return self._agent.notifications()
+        return self._near.receive() + self._agent.notifications()
+
+    def fileno(self) -> int:
+        return self._near.fileno()
+
+    @property
+    def polled(self) -> bool:
+        """A near peer whose memory is not mapped here writes by NIXL, whose connections both sides make by polling."""
+        return any(not (peer.near and peer.windows) for peer in self._peers.values())
 
     def close(self) -> None:
         for peer in list(self._peers):
             with contextlib.suppress(TransferError):
                 self.disconnect(peer)
         self._agent.close()
+        self._near.close()
         for shared in self._shared:
             shared.close()
         self._shared.clear()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import queue
+import threading
+from collections.abc import Callable
+
 import torch
+
+_JOIN_S = 5.0
 
 
 class Ready:
     """A point in the engine's work after which the blocks it computed may be read."""
 
     def __init__(self, device: torch.device) -> None:
-        self._event = torch.cuda.Event() if device.type == "cuda" else None
+        self._event = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
         if self._event is not None:
             self._event.record()
 
@@ -17,7 +23,38 @@ class Ready:
     def passed(self) -> bool:
         return self._event is None or self._event.query()
 
+    def wait(self) -> None:
+        """Sleep until it has passed, without the interpreter."""
+        if self._event is not None:
+            self._event.synchronize()
+
     def before(self, stream: torch.cuda.Stream) -> None:
         """What is put on `stream` from now on happens after this point."""
         if self._event is not None:
             stream.wait_event(self._event)
+
+
+class ReadyWatch:
+    """A thread that says when points have passed. Asking again and again would slow down whoever computes."""
+
+    def __init__(self, passed: Callable[[], None]) -> None:
+        """`passed` is called on that thread."""
+        self._passed = passed
+        self._points: queue.SimpleQueue[Ready | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._live, name="dynamo-lite-ready", daemon=True)
+        self._thread.start()
+
+    def watch(self, ready: Ready) -> None:
+        """In the order in which they will pass. From any thread."""
+        self._points.put(ready)
+
+    def close(self) -> None:
+        self._points.put(None)
+        self._thread.join(_JOIN_S)
+
+    def _live(self) -> None:
+        while (ready := self._points.get()) is not None:
+            try:
+                ready.wait()
+            finally:
+                self._passed()  # also of a failed GPU, which whoever copies is told as an error

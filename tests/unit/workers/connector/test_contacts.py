@@ -69,11 +69,11 @@ def test_a_peer_that_never_answers_costs_nothing_after_the_deadline(monkeypatch:
         return found
 
     monkeypatch.setattr(nixl_agent, "get_new_notifs", counting)
-    with pair(timeout_s=0.05) as (one, mute), pair(timeout_s=0.05) as (other, _):
+    with pair(timeout_s=0.05) as (one, mute), pair(timeout_s=0.05) as (other, another):
         meet(one, mute)
         until(one, SILENT)
         before = dict(polls)
-        meet(other, mute)  # takes another deadline
+        meet(other, another)  # takes another deadline
         until(other, SILENT)
         assert polls.keys() > before.keys()
         assert {thread: polls[thread] for thread in before} == before
