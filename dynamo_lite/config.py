@@ -76,15 +76,16 @@ class KvTransfer(Model):
     min_remote_tokens: Annotated[int, Field(ge=1)] = 64  # shorter uncached remainders are computed by the decode worker
 
     def staging_on(self, device: Literal["cpu", "cuda"]) -> int:
-        """Bytes in each direction: by default room for 16 pieces."""
-        return self.staging if self.staging is not None else 16 * _PIECE[device]
+        """Bytes in each direction: by default room for some pieces."""
+        return self.staging if self.staging is not None else _STAGING[device]
 
     def piece_on(self, device: Literal["cpu", "cuda"]) -> int:
         """Bytes. A GPU moves large pieces only: at 2 MiB each, an H100 reached an eighth of its speed at 512 MiB."""
         return self.piece if self.piece is not None else min(_PIECE[device], self.staging_on(device))
 
 
-_PIECE = {"cpu": 4 * 2**20, "cuda": 32 * 2**20}
+_STAGING = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+_PIECE = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
 
 
 class WorkerGroup(Model):

@@ -6,7 +6,7 @@ prefill calls the `RemotePrefill` it was given, after it has allocated the desti
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -43,8 +43,11 @@ class TransferReport:
 class RemotePrefill(Protocol):
     """The worker's side of a remote prefill, handed to the engine with a job."""
 
-    async def ask(self, target: PushTarget) -> int:
+    async def ask(self, target: PushTarget, first_token: Callable[[int], None] | None = None) -> int:
         """Have the next candidate compute the prompt and push it to `target`.
+
+        `first_token` is called with the token that it chose to follow the prompt, at the latest before this returns.
+        It is not called where the candidate has not chosen one.
 
         Returns the tokens that worker had cached, once it says everything was pushed. Raises PrefillFailed when
         this attempt failed (the engine may open a new target and ask again while `more` is true). Unless the cause
@@ -89,6 +92,7 @@ class Job:
     cache_salt: str | None = None
     remote: RemotePrefill | None = None
     trace_headers: dict[str, str] = field(default_factory=dict)
+    alone: bool = True  # no other sequence waits for this one's KV, so a token may come before that is here
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,8 @@ class PrefillJob:
     target: PushTarget
     cache_salt: str | None = None
     timeout_s: float = 600.0
+    sampling: Sampling | None = None  # how to choose the token after it
+    first_token: Callable[[int], None] | None = None  # called with that token, long before the push has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +125,7 @@ class Prefilled:
 
     cached_tokens: int  # of the prompt, found in the prefill worker's own KV
     transfer: TransferReport
+    first_token: int | None = None  # where it was asked for
 
 
 @dataclass(frozen=True, slots=True)

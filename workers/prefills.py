@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from functools import partial
 from typing import Any
 
+import msgspec
 from opentelemetry.trace import Span
 
-from dynamo_lite.errors import DynamoError, PrefillFailed
-from dynamo_lite.plane.wire import Cancel, PrefillReply, PrefillRequest, WireError, decode, encode
+from dynamo_lite.errors import DynamoError, PlaneError, PrefillFailed
+from dynamo_lite.plane.wire import Cancel, FirstToken, PrefillReply, PrefillRequest, WireError, decode, encode
 from dynamo_lite.telemetry import AttributeValue, parent_context, traceparent, tracer
 from workers.engine import PrefillJob
 from workers.serving import InFlight, Serving
 
 log = logging.getLogger(__name__)
+
+_PUBLISH_S = 1.0
 
 
 class Prefills:
@@ -56,7 +60,7 @@ class Prefills:
             return encode(PrefillReply(error=WireError.of(PrefillFailed("cancelled"))))
         found = reply.result()
         self._serving.metrics.ended("ok" if found.error is None else "error")
-        return encode(PrefillReply(found.cached_tokens, time.monotonic() - started, found.error, found.traceparent))
+        return encode(msgspec.structs.replace(found, seconds=time.monotonic() - started))
 
     def cancel(self, cancel: Cancel) -> bool:
         """False when no such request is here."""
@@ -89,6 +93,8 @@ class Prefills:
             request.target,
             request.cache_salt,
             request.timeout_ms / 1000,
+            request.sampling,
+            partial(self._first_token, request) if request.sampling is not None else None,
         )
         metrics = self._serving.metrics
         try:
@@ -105,4 +111,14 @@ class Prefills:
         metrics.hit_blocks.inc(done.cached_tokens // self._serving.block_size)
         span.set_attribute("outcome", "ok")
         span.set_attribute("cached_tokens", done.cached_tokens)
-        return PrefillReply(done.cached_tokens, traceparent=traceparent(span))
+        return PrefillReply(done.cached_tokens, traceparent=traceparent(span), first_token=done.first_token)
+
+    def _first_token(self, request: PrefillRequest, token_id: int) -> None:
+        self._serving.group.create_task(self._publish(request, FirstToken(request.request_id, token_id)))
+
+    async def _publish(self, request: PrefillRequest, told: FirstToken) -> None:
+        try:
+            async with asyncio.timeout(_PUBLISH_S):
+                await self._serving.bus.publish(self._serving.subjects.first_token(request.target.decode), encode(told))
+        except (PlaneError, TimeoutError) as error:
+            log.info("%s: its first token comes with the reply: %s", request.request_id, error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from dynamo_lite.errors import PrefillFailed
 from dynamo_lite.plane.wire import Incarnation, PushTarget, RankTarget
@@ -16,6 +17,7 @@ from workers.connector.protocol import (
     IN_FLIGHT,
     NO_STAGING,
     Command,
+    FirstToken,
     GiveUp,
     ReceiveEnded,
     ReceiveOpened,
@@ -48,6 +50,8 @@ class Receive:
     corrupt: bool = False  # a piece of the current attempt was not what was sent
     handed_back: bool = False  # it waited too long for staging, and is computed here
     local_blocks: int | None = None  # found on the device by the scheduler; None until a remote prefill was chosen
+    first_token: asyncio.Future[int] | None = None  # chosen by a prefill worker; None: not wanted
+    told: bool = False  # the connectors know of it, or that there is none
 
 
 class Receives:
@@ -61,9 +65,14 @@ class Receives:
         self._timeout_s, self._group = timeout_s, group
         self._receives: dict[str, Receive] = {}
 
-    def expect(self, request_id: str, remote: RemotePrefill) -> Receive:
-        """A request that may be prefilled remotely is about to be given to the engine."""
+    def expect(self, request_id: str, remote: RemotePrefill, *, first_token: bool = False) -> Receive:
+        """A request that may be prefilled remotely is about to be given to the engine.
+
+        `first_token`: the engine is to go on from the one that the prefill worker chooses.
+        """
         receive = self._receives[request_id] = Receive(request_id, remote)
+        if first_token:
+            receive.first_token = asyncio.get_running_loop().create_future()
         return receive
 
     def release(self, request_id: str) -> None:
@@ -91,6 +100,7 @@ class Receives:
                 if receive is not None:
                     receive.remote.skipped(NO_STAGING)
                     receive.handed_back = True
+                    self._no_first_token(receive)
                     receive.changed.set()
             case ReceiveEnded():
                 self._ended(receive, report)
@@ -121,8 +131,22 @@ class Receives:
             while not await self._attempt(receive):
                 pass
         finally:
+            self._no_first_token(receive)
             if self._receives.get(receive.request_id) is receive:
                 del self._receives[receive.request_id]
+
+    def _no_first_token(self, receive: Receive) -> None:
+        """Unless there is one: the engine may choose it itself."""
+        if receive.first_token is not None and not receive.told:
+            receive.told = True
+            self._command(FirstToken(receive.request_id, None))
+
+    def _first_token(self, receive: Receive, token_id: int) -> None:
+        """The first that comes counts, whatever becomes of that attempt: the client has it from now on."""
+        if receive.first_token is not None and not receive.told and not receive.unwanted:
+            receive.told = True
+            self._command(FirstToken(receive.request_id, token_id))
+            receive.first_token.set_result(token_id)
 
     async def _attempt(self, receive: Receive) -> bool:
         """Ask one candidate; True when the request needs no other."""
@@ -136,7 +160,8 @@ class Receives:
                 self._command(GiveUp(receive.request_id, transfer_id))
             return True
         try:
-            await receive.remote.ask(self._target(receive, transfer_id))
+            heard = None if receive.first_token is None else partial(self._first_token, receive)
+            await receive.remote.ask(self._target(receive, transfer_id), heard)
         except PrefillFailed as failure:
             if len(receive.arrived) < self._ranks:
                 return self._failed(receive, transfer_id, closed=failure.cause not in _UNCERTAIN)

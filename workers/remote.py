@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 from dynamo_lite.errors import DynamoError, NoResponders, PlaneError, PrefillFailed, ProtocolMismatch
 from dynamo_lite.plane.bus import Bus
@@ -17,6 +18,7 @@ from dynamo_lite.plane.wire import (
     PrefillRequest,
     PushTarget,
     RequestId,
+    Sampling,
     Subjects,
     decode,
     encode,
@@ -44,6 +46,7 @@ class PrefillPlane:
     metrics: WorkerMetrics
     group: asyncio.TaskGroup
     silence_s: float  # longest silence of a prefill worker
+    first_tokens: dict[RequestId, Callable[[int], None]] = field(default_factory=dict)  # who waits for one
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class Prompt:
     cache_salt: str | None
     traceparent: str  # of the decode span
     deadline: float  # on the event loop's clock
+    sampling: Sampling
 
 
 class CandidatePrefill:
@@ -71,6 +75,7 @@ class CandidatePrefill:
         self._asking = False
         self._span = prompt.traceparent  # parent of the transfer's span: the prefill span once it is known
         self.reason = NO_CANDIDATES
+        self.chose = False  # a candidate, the first token
 
     @property
     def more(self) -> bool:
@@ -80,12 +85,15 @@ class CandidatePrefill:
     def asked(self) -> str:
         return self._asked or ""
 
-    async def ask(self, target: PushTarget) -> int:
+    async def ask(self, target: PushTarget, first_token: Callable[[int], None] | None = None) -> int:
         worker = self._asked = self._left.popleft()
         self.reason = PREFILL_FAILED  # until it succeeds
         outcome, self._asking = "cancelled", True
+        if first_token is not None:
+            first_token = partial(self._heard, first_token)
+            self._plane.first_tokens[self._prompt.request_id] = first_token
         try:
-            reply = await self._call(worker, target)
+            reply = await self._call(worker, target, first_token is not None)
             outcome = "ok"
         except PrefillFailed as error:
             outcome = error.cause
@@ -93,14 +101,21 @@ class CandidatePrefill:
             raise
         finally:
             self._asking = False
+            self._plane.first_tokens.pop(self._prompt.request_id, None)
             self._plane.metrics.remote_prefills.labels(outcome).inc()
             if outcome not in ("ok", "cancelled"):
                 self._plane.metrics.transfer_failures.labels("in", outcome).inc()
             if outcome in ("silent", "cancelled"):
                 await self._cancel(worker)  # one that is only frozen drops the request when it wakes up
+        if first_token is not None and reply.first_token is not None:
+            first_token(reply.first_token)
         self.reason = REMOTE
         self._span = reply.traceparent or self._span
         return reply.cached_tokens
+
+    def _heard(self, first_token: Callable[[int], None], token_id: int) -> None:
+        self.chose = True
+        first_token(token_id)
 
     def stop(self) -> None:
         self._left.clear()
@@ -126,7 +141,7 @@ class CandidatePrefill:
         }
         record_span("kv.transfer", self._span, report.started_ns, report.ended_ns, attributes)
 
-    async def _call(self, worker: Incarnation, target: PushTarget) -> PrefillReply:
+    async def _call(self, worker: Incarnation, target: PushTarget, wants_token: bool) -> PrefillReply:
         """The reply of one candidate; every failure is a PrefillFailed."""
         plane = self._plane
         left_s = self._prompt.deadline - asyncio.get_running_loop().time()
@@ -135,7 +150,7 @@ class CandidatePrefill:
         try:
             data = await plane.bus.call(
                 plane.subjects.prefill(worker),
-                encode(self._request(target, left_s)),
+                encode(self._request(target, left_s, wants_token)),
                 timeout_s=left_s + plane.silence_s,  # it keeps the deadline itself, and says so
                 probe=plane.subjects.ping(worker),
                 silence_s=plane.silence_s,
@@ -155,7 +170,7 @@ class CandidatePrefill:
             raise PrefillFailed(error.kind, str(error)) from error
         return reply
 
-    def _request(self, target: PushTarget, left_s: float) -> PrefillRequest:
+    def _request(self, target: PushTarget, left_s: float, wants_token: bool) -> PrefillRequest:
         prompt = self._prompt
         return PrefillRequest(
             prompt.request_id,
@@ -164,6 +179,7 @@ class CandidatePrefill:
             prompt.cache_salt,
             max(1, int(left_s * 1000)),
             prompt.traceparent,
+            prompt.sampling if wants_token else None,
         )
 
     async def _cancel(self, worker: Incarnation) -> None:

@@ -12,7 +12,7 @@ from opentelemetry.trace import Span
 
 from dynamo_lite.errors import DeadlineExceeded, DynamoError, ProtocolMismatch, RequestError
 from dynamo_lite.plane.bus import Message
-from dynamo_lite.plane.wire import Cancel, Delta, FrontendId, GenerateRequest, RequestId, WireError, decode
+from dynamo_lite.plane.wire import Cancel, Delta, FirstToken, FrontendId, GenerateRequest, RequestId, WireError, decode
 from dynamo_lite.telemetry import AttributeValue, parent_context, traceparent, tracer
 from workers.deltas import DeltaSender
 from workers.engine import Job, Output
@@ -35,6 +35,7 @@ class _Request:
     first_token: asyncio.Event = field(default_factory=asyncio.Event)  # of sequence 0, or its end
     error: DynamoError | None = None  # what ended it; None: its client cancelled
     reason: str = NO_CANDIDATES  # how sequence 0's prompt was computed
+    chosen_by: str = "decode"  # who chose sequence 0's first token: a "prefill" or this worker
     cached_tokens: int = 0  # of sequence 0
     generated: int = 0
     outcome: str = "ok"
@@ -70,6 +71,17 @@ class Requests:
         state = _Request(request, deadline, set(range(request.n)), early)
         self._requests[request.request_id] = state
         self.in_flight.start(request.request_id, self._serving.group.create_task(self._serve(state)))
+
+    def first_token(self, message: Message) -> None:
+        """Handler of the first tokens that prefill workers choose. One that nobody waits for came too late."""
+        try:
+            told = decode(message.data, FirstToken)
+        except ProtocolMismatch as error:
+            log.warning("dropped a first token: %s", error)  # it comes with the reply again
+            return
+        waiting = self._plane.first_tokens.get(told.request_id)
+        if waiting is not None:
+            waiting(told.token_id)
 
     def cancel(self, cancel: Cancel) -> bool:
         """False when no such request is here."""
@@ -172,6 +184,7 @@ class Requests:
         metrics.prompt_tokens.inc(len(state.wire.token_ids))
         metrics.generated_tokens.inc(state.generated)
         span.set_attribute("reason", state.reason)
+        span.set_attribute("first_token", state.chosen_by)
         span.set_attribute("cached_tokens", state.cached_tokens)
         span.set_attribute("generated_tokens", state.generated)
         span.set_attribute("outcome", state.outcome)
@@ -215,6 +228,7 @@ class Requests:
             self._serving.metrics.prompts.labels(reason).inc()
             if index == 0:
                 state.reason = reason
+                state.chosen_by = "prefill" if isinstance(remote, CandidatePrefill) and remote.chose else "decode"
 
     def _job(self, state: _Request, index: int) -> Job:
         request = state.wire
@@ -224,10 +238,10 @@ class Requests:
         job_id = request.request_id if request.n == 1 else RequestId(f"{request.request_id}-{index}")
         remote = None
         if request.prefill:
-            prompt = Prompt(job_id, request.token_ids, request.cache_salt, state.traceparent, state.deadline)
+            prompt = Prompt(job_id, request.token_ids, request.cache_salt, state.traceparent, state.deadline, sampling)
             remote = CandidatePrefill(self._plane, prompt, request.prefill)
         trace = {"traceparent": state.traceparent} if state.traceparent else {}
-        return Job(job_id, request.token_ids, sampling, request.cache_salt, remote, trace)
+        return Job(job_id, request.token_ids, sampling, request.cache_salt, remote, trace, alone=request.n == 1)
 
     def _pass_on(self, state: _Request, index: int, output: Output) -> None:
         cached = output.cached_tokens

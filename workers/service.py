@@ -130,6 +130,7 @@ class Service:
         await bus.serve(subjects.snapshot(me), self._reports.snapshot, self._group)
         if self._record.role.decodes:
             await bus.subscribe(subjects.bounced(me), self._requests.bounced)
+            await bus.subscribe(subjects.first_token(me), self._requests.first_token)
             self._intake.append(await bus.subscribe(subjects.generate(me), self._requests.receive))
         if self._record.role is not Role.DECODE:
             self._intake.append(await bus.serve(subjects.prefill(me), self._prefills.answer, self._group))

@@ -32,6 +32,7 @@ from dynamo_lite.tasks import background
 from kvbm.events import KvEvent, Tier
 from workers.connector.channel import WorkerEnd
 from workers.connector.protocol import (
+    FIRST,
     PUSH,
     REMOTE,
     REQUEST_ID,
@@ -47,6 +48,7 @@ from workers.connector.protocol import (
     StopPush,
 )
 from workers.engine import EngineInfo, EngineLoad, Job, Output, Prefilled, PrefillJob, TransferReport
+from workers.first_token import may_be_chosen_elsewhere, results_after
 from workers.kv_feed import KvFeed
 from workers.pulse import Pulse
 from workers.receives import Receives
@@ -257,8 +259,10 @@ class VllmEngine:
         receive = None
         if job.remote is not None:
             assert self._receives is not None
-            receive = self._receives.expect(job.request_id, job.remote)
-            params = {REQUEST_ID: job.request_id, REMOTE: True}
+            room = len(job.token_ids) + 1 < self._config.model_config.max_model_len  # for a second token
+            early = job.alone and room and may_be_chosen_elsewhere(job.sampling)
+            receive = self._receives.expect(job.request_id, job.remote, first_token=early)
+            params = {REQUEST_ID: job.request_id, REMOTE: True, FIRST: early}
         stream = self._engine.generate(
             tokens_input(job.token_ids, cache_salt=job.cache_salt),
             sampling_params(job.sampling, params),
@@ -266,21 +270,30 @@ class VllmEngine:
             trace_headers=job.trace_headers or None,
         )
         first = True
+        results = results_after(stream, receive.first_token if receive is not None else None)
         try:
-            async for result in stream:
+            async for result in results:
                 cached = None
                 if first:
                     local = receive.local_blocks if receive is not None else None
-                    cached = result.num_cached_tokens or 0
                     if local is not None:  # then vLLM counts what was transferred too
                         cached = local * self._config.cache_config.block_size
+                    elif isinstance(result, RequestOutput):
+                        cached = result.num_cached_tokens or 0
                     first = False
-                yield _output(result, cached)
+                if isinstance(result, int):
+                    stopped = result in job.sampling.stop_token_ids
+                    yield Output([result], None, "stop" if stopped else None, result if stopped else None, cached)
+                    if stopped:
+                        break
+                else:
+                    yield _output(result, cached)
         except EngineDeadError as error:
             raise WorkerError("the engine died") from error
         except ValueError as error:
             raise RequestError(str(error)) from error
         finally:
+            await results.aclose()
             await stream.aclose()
             if self._receives is not None and receive is not None:
                 self._receives.release(job.request_id)
@@ -289,16 +302,20 @@ class VllmEngine:
 
     async def prefill(self, job: PrefillJob) -> Prefilled:
         push = self._pushes[job.request_id] = Push()
-        cached = 0
+        cached, first_token = 0, None
+        sampling = msgspec.structs.replace(job.sampling or Sampling(1, 0.0), max_tokens=1, seed=None)
         try:
             async with asyncio.timeout(job.timeout_s), self._pulse.required():
                 params = {REQUEST_ID: job.request_id, PUSH: msgspec.msgpack.encode(job.target)}
                 async for result in self._engine.generate(
                     tokens_input(job.token_ids, cache_salt=job.cache_salt),
-                    sampling_params(Sampling(max_tokens=1, temperature=0.0), params),
+                    sampling_params(sampling, params),
                     job.request_id,
                 ):
                     cached = result.num_cached_tokens or 0
+                    if job.first_token is not None and result.outputs[0].token_ids:
+                        first_token = result.outputs[0].token_ids[0]
+                        job.first_token(first_token)
                 await self._pushed(push)
         except TimeoutError as error:
             raise PrefillFailed("deadline") from error
@@ -313,7 +330,7 @@ class VllmEngine:
         cause = next((end.cause for end in push.ends.values() if end.cause), "")
         if cause:
             raise PrefillFailed(cause)
-        return Prefilled(cached, _summary(job.target.num_blocks, list(push.ends.values())))
+        return Prefilled(cached, _summary(job.target.num_blocks, list(push.ends.values())), first_token)
 
     async def _pushed(self, push: Push) -> None:
         """Until every rank has ended."""

@@ -209,6 +209,14 @@ class PrefillRequest(msgspec.Struct, frozen=True):
     cache_salt: str | None = None
     timeout_ms: int = 600_000
     traceparent: str = ""
+    sampling: Sampling | None = None  # how to choose the first token, if the decode worker wants it
+
+
+class FirstToken(msgspec.Struct, frozen=True):
+    """Prefill worker → decode worker: what follows the prompt, as soon as it is chosen; its KV is still on the way."""
+
+    request_id: RequestId
+    token_id: int
 
 
 class PrefillReply(msgspec.Struct, frozen=True):
@@ -218,6 +226,7 @@ class PrefillReply(msgspec.Struct, frozen=True):
     seconds: float = 0.0  # from arrival to the last piece pushed
     error: WireError | None = None  # a PrefillFailed
     traceparent: str = ""  # the prefill span, for the transfer's span to be its child
+    first_token: int | None = None  # again, as a FirstToken may get lost
 
 
 class LoadReport(msgspec.Struct, frozen=True):
@@ -290,6 +299,10 @@ class Subjects:
     def prefill(self, worker: Incarnation) -> str:
         """PrefillRequest → PrefillReply."""
         return f"{self.root}.w.{worker}.prefill"
+
+    def first_token(self, worker: Incarnation) -> str:
+        """FirstToken, published to a decode worker."""
+        return f"{self.root}.w.{worker}.first"
 
     def ping(self, worker: Incarnation) -> str:
         """Empty → Pong."""

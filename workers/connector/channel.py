@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from workers.connector.protocol import Command, Hello, Probe, Report
+from workers.connector.protocol import Command, FirstToken, Hello, Probe, Report
 
 _LENGTH = struct.Struct("<I")
 _CONNECT_TIMEOUT_S = 10.0
@@ -108,10 +108,10 @@ class WorkerEnd:
         self._server = await asyncio.start_unix_server(connected, sock=self._socket)
 
     def command(self, message: Command) -> None:
-        """To every rank's connector. The scheduler's takes no command, but answers probes."""
+        """To every rank's connector, and what the scheduler's is to know to that one, first."""
         data = self._encoder.encode(message)
-        for rank, writer in self._writers.items():
-            if (rank >= 0 or isinstance(message, Probe)) and not writer.is_closing():
+        for rank, writer in sorted(self._writers.items(), key=lambda item: item[0]):
+            if (rank >= 0 or isinstance(message, Probe | FirstToken)) and not writer.is_closing():
                 writer.write(_LENGTH.pack(len(data)) + data)
 
     def close(self) -> None:

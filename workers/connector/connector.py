@@ -22,13 +22,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from dynamo_lite.processes import die_with_parent
 from dynamo_lite.rdma import rdma_ports
 from dynamo_lite.transports import usable_ports
 from workers.connector.channel import ConnectorEnd
-from workers.connector.protocol import Alive, Hello, StepPlan
+from workers.connector.protocol import Alive, Command, FirstToken, Hello, Probe, StepPlan
 from workers.connector.scheduler import SchedulerSide
 from workers.connector.settings import MoverSettings
 from workers.connector.worker import WorkerSide
@@ -72,8 +73,7 @@ class DynamoLiteConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             block_size = vllm_config.cache_config.block_size
             self._scheduler = SchedulerSide(block_size, extra["min_remote_tokens"], channel.report)
-            # It waits for nobody's word but probes, which it may answer between any two steps of the scheduler.
-            channel.listen(lambda _: channel.report(Alive(-1)), lambda: None)
+            channel.listen(self._told, lambda: None)
             channel.report(Hello(rank=-1, pid=os.getpid()))
         else:
             rank = get_tensor_model_parallel_rank()
@@ -87,6 +87,13 @@ class DynamoLiteConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker = WorkerSide(settings, engine, channel)
 
     # ---- scheduler ----
+
+    def _told(self, command: Command) -> None:
+        """By the worker process, on the channel's thread. Probes may be answered between any two steps."""
+        if isinstance(command, FirstToken):
+            self._schedules.first_token(command)
+        elif isinstance(command, Probe):
+            self._channel.report(Alive(-1))
 
     @property
     def _schedules(self) -> SchedulerSide:
@@ -103,6 +110,9 @@ class DynamoLiteConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
         return StepMetadata(self._schedules.plan(scheduler_output))
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        self._schedules.received(connector_output.finished_recving or ())
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self._schedules.finished(request), None

@@ -25,6 +25,7 @@ from workers.connector.protocol import (
     Closed,
     Command,
     Credit,
+    FirstToken,
     GiveUp,
     Greeting,
     Holds,
@@ -270,6 +271,8 @@ class Mover:
                 self._receiver.reopen(command.request_id, command.transfer_id)
             case GiveUp():
                 self._receiver.give_up(command.request_id, command.transfer_id)
+            case FirstToken():
+                self._receiver.first_token(command.request_id)
             case Settle():
                 self._receiver.settle(command.transfer_id, command.peer, command.closed)
                 if not command.closed:

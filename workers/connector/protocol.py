@@ -17,6 +17,7 @@ from workers.transfer.ready import Ready
 # Keys of SamplingParams.extra_args["kv_transfer_params"], set by the worker process.
 REQUEST_ID = "dynamo_lite.request_id"
 REMOTE = "dynamo_lite.remote"  # decode: a remote prefill may be asked for
+FIRST = "dynamo_lite.first"  # decode: the prefill worker is asked for the first token too
 PUSH = "dynamo_lite.push"  # prefill: PushTarget, msgpack
 
 # ---- connector → worker process -------------------------------------------------------------------------------
@@ -128,6 +129,16 @@ class GiveUp(msgspec.Struct, frozen=True, tag="give_up"):
     transfer_id: int
 
 
+class FirstToken(msgspec.Struct, frozen=True, tag="first_token"):
+    """The prefill worker's token after the prompt; the client has it. None: there is none, and none will come.
+
+    To the scheduler's connector too. A receive of a request with FIRST does not end, for vLLM, before this came.
+    """
+
+    request_id: str
+    token_id: int | None
+
+
 class Settle(msgspec.Struct, frozen=True, tag="settle"):
     """What became of the worker that was asked to push under this id.
 
@@ -163,7 +174,7 @@ class Probe(msgspec.Struct, frozen=True, tag="probe"):
     """Answer with `Alive`, from the thread that does the work. To the scheduler's connector too."""
 
 
-Command = Reopen | GiveUp | Settle | PeerGone | Meet | StopPush | Probe
+Command = Reopen | GiveUp | FirstToken | Settle | PeerGone | Meet | StopPush | Probe
 
 # ---- mover → mover, in transfer notifications ------------------------------------------------------------------
 
@@ -221,6 +232,7 @@ class ReceivePlan:
     first_block: int  # index in the prompt of block_ids[0]
     transfer_id: int  # of the first attempt; every further one adds 1. The same on all ranks
     ready: Ready | None = None  # set by the mover: the blocks may be written
+    first_token: bool = False  # the request does not go on before it is known whether the prefill worker chose one
 
 
 @dataclass(slots=True)

@@ -89,6 +89,8 @@ class Receiver:
         self._quarantine: dict[int, Quarantine] = {}
         self._gone: OrderedDict[str, None] = OrderedDict()  # incarnations, the latest ones
         self._settled: dict[int, tuple[str, bool]] = {}  # said before the transfer ended here
+        self._untold: set[str] = set()  # request ids whose first token may still come
+        self._over: dict[str, tuple[ReceivePlan, bool]] = {}  # of these, receives that have ended; and whether well
         self.received: set[str] = set()  # engine ids, for vLLM
         self.invalid_blocks: set[int] = set()
 
@@ -97,6 +99,8 @@ class Receiver:
     def plan(self, plan: ReceivePlan, ready: Ready) -> None:
         """`ready`: the engine's earlier work, which may still use those blocks, is done."""
         plan = replace(plan, ready=ready)
+        if plan.first_token:
+            self._untold.add(plan.request_id)
         self._waiting.append((plan, time.monotonic() + self._patience_s))
         self._open_waiting()
 
@@ -108,18 +112,32 @@ class Receiver:
         late = [plan for plan, until in self._waiting if until <= now]
         self._waiting = deque(item for item in self._waiting if item[1] > now)
         for plan in late:
-            self._hand_back(plan)
+            self._give_back(plan, well=False)
             self._report(ReceiveEnded(plan.request_id, plan.transfer_id, self._rank, NO_STAGING))
 
     def cancel(self, engine_id: str) -> None:
         """The request was aborted: release its blocks now."""
         for item in [item for item in self._waiting if item[0].engine_id == engine_id]:
             self._waiting.remove(item)
-            self.received.add(engine_id)
+            self._cancelled(item[0])
         for receive in [one for one in self._open.values() if one.plan.engine_id == engine_id]:
             self._end(receive, "cancelled")
-            self.received.add(engine_id)
+            self._cancelled(receive.plan)
+        for plan, _ in [over for over in self._over.values() if over[0].engine_id == engine_id]:
+            self._cancelled(plan)
         self._open_waiting()
+
+    def _cancelled(self, plan: ReceivePlan) -> None:
+        self._untold.discard(plan.request_id)
+        self._over.pop(plan.request_id, None)
+        self.received.add(plan.engine_id)
+
+    def first_token(self, request_id: str) -> None:
+        """It is known whether, and with what, the prefill worker has gone on."""
+        self._untold.discard(request_id)
+        over = self._over.pop(request_id, None)
+        if over is not None:
+            self._give_back(*over)
 
     def reopen(self, request_id: str, transfer_id: int) -> None:
         receive = self._current(request_id, transfer_id)
@@ -133,12 +151,16 @@ class Receiver:
         receive = self._current(request_id, transfer_id)
         if receive is not None:
             self._end(receive, "given up")
-            self._hand_back(receive.plan)
+            self._give_back(receive.plan, well=False)
             self._open_waiting()
 
-    def _hand_back(self, plan: ReceivePlan) -> None:
-        """All blocks are invalid: vLLM recomputes from the first invalid one on."""
-        self.invalid_blocks.update(plan.block_ids)
+    def _give_back(self, plan: ReceivePlan, well: bool) -> None:
+        """To vLLM, once it may go on. Where it did not end well it recomputes from the first invalid block on."""
+        if plan.request_id in self._untold:
+            self._over[plan.request_id] = (plan, well)
+            return
+        if not well:
+            self.invalid_blocks.update(plan.block_ids)
         self.received.add(plan.engine_id)
 
     def settle(self, transfer_id: int, peer: str, closed: bool) -> None:
@@ -254,7 +276,7 @@ class Receiver:
         """Every block is here, so the sender has nothing left to write."""
         self._forget(receive)
         self._staging.give(*receive.slots)
-        self.received.add(receive.plan.engine_id)
+        self._give_back(receive.plan, well=True)
         blocks = len(receive.plan.block_ids)
         self._report(
             ReceiveEnded(
@@ -338,6 +360,7 @@ class Receiver:
         waiting = sum(len(plan.block_ids) for plan, _ in self._waiting)
         return {
             "receive": waiting + sum(len(one.plan.block_ids) for one in self._open.values()),
+            "first_token": sum(len(plan.block_ids) for plan, _ in self._over.values()),
             "quarantine": sum(len(one.slots) for one in self._quarantine.values()),
         }
 

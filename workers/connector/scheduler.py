@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from dynamo_lite.plane.wire import PushTarget
+from workers.connector.first_token import FirstTokens, go_on_with
 from workers.connector.protocol import (
+    FIRST,
     PUSH,
     REMOTE,
     REQUEST_ID,
+    FirstToken,
     PushStep,
     ReceivePlan,
     Report,
@@ -42,13 +45,15 @@ class SchedulerSide:
     """One per engine, in the EngineCore; called by vLLM's scheduler, never concurrently."""
 
     def __init__(self, block_size: int, min_remote_tokens: int, report: Callable[[Report], None]) -> None:
+        """`report` may be called at any time."""
         self._block_size = block_size
         self._min_remote_tokens = min_remote_tokens
         self._report = report
         self._plan = StepPlan()
         self._decided: set[str] = set()  # decode requests whose prompt has been dealt with: never asked twice
         self._computed: dict[str, int] = {}  # tokens found on the device, of requests not yet decided
-        self._receiving: set[str] = set()
+        self._receiving: dict[str, Request] = {}
+        self._first_tokens = FirstTokens()
         self._pushes: dict[str, PushProgress] = {}
 
     # ---- decode ----
@@ -75,10 +80,28 @@ class SchedulerSide:
         first = (request.num_prompt_tokens - external) // self._block_size
         last = -(-request.num_prompt_tokens // self._block_size)
         (block_ids,) = blocks.get_block_ids()
-        self._receiving.add(request.request_id)
+        self._receiving[request.request_id] = request
+        if params.get(FIRST):
+            self._first_tokens.expect(params[REQUEST_ID])
         self._plan.receives.append(
-            ReceivePlan(request.request_id, params[REQUEST_ID], list(block_ids[first:last]), first, _new_transfer_id())
-        )
+            ReceivePlan(
+                request.request_id, params[REQUEST_ID], list(block_ids[first:last]), first, _new_transfer_id(),
+                first_token=bool(params.get(FIRST)),
+            )
+        )  # fmt: skip
+
+    def first_token(self, told: FirstToken) -> None:
+        """From any thread."""
+        self._first_tokens.told(told)
+
+    def received(self, engine_ids: Iterable[str]) -> None:
+        """These receives have ended: vLLM is about to schedule their requests."""
+        for engine_id in engine_ids:
+            request = self._receiving.pop(engine_id, None)
+            if request is not None:
+                token_id = self._first_tokens.take(request.kv_transfer_params[REQUEST_ID])
+                if token_id is not None:
+                    go_on_with(request, token_id)
 
     # ---- prefill ----
 
@@ -141,10 +164,9 @@ class SchedulerSide:
         engine_id = request.request_id
         self._decided.discard(engine_id)
         self._computed.pop(engine_id, None)
-        if engine_id in self._receiving:
-            self._receiving.discard(engine_id)
-            if not request.num_output_tokens:
-                self._plan.cancelled_receives.append(engine_id)
+        if self._receiving.pop(engine_id, None) is not None:
+            self._plan.cancelled_receives.append(engine_id)
+            self._first_tokens.forget(request.kv_transfer_params[REQUEST_ID])
         push = self._pushes.pop(engine_id, None)
         if push is None or not push.handed_over:
             return False

@@ -17,6 +17,7 @@ from workers.transfer.layout import ModelKv, planes_of
 
 # How long an engine with nothing to compute sleeps in a step, unless a transfer ends; it would spin otherwise.
 _IDLE_STEP_S = 0.002
+_HURRIED_STEPS = 2  # vLLM plans up to two steps before it hears what one has brought
 
 
 def _end_process(error: BaseException) -> None:
@@ -33,6 +34,7 @@ class WorkerSide:
         self._mover: Mover | None = None
         self._plan, self._planned = StepPlan(), False
         self._invalid: set[int] = set()
+        self._hurried = 0  # steps that do not wait
 
     def register(self, kv_caches: dict[str, torch.Tensor], num_blocks: int, model: ModelKv) -> None:
         """The engine's KV memory exists: start the transfer engine and say hello. Raises Mismatch, TransferError."""
@@ -70,9 +72,10 @@ class WorkerSide:
         if self._mover is None:
             return Ended(set(), set(), set())
         self.after_forward()
-        if self._plan.idle:
+        if self._plan.idle and not self._hurried:
             self._mover.wait(_IDLE_STEP_S)
         ended = self._mover.ended(finished)
+        self._hurried = _HURRIED_STEPS if ended.received or ended.sent else max(0, self._hurried - 1)
         self._invalid |= ended.invalid_blocks
         return ended
 

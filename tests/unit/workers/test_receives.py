@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from dynamo_lite.errors import PrefillFailed
@@ -9,6 +9,7 @@ from dynamo_lite.plane.wire import Incarnation, PushTarget, RankTarget
 from workers.connector.protocol import (
     NO_STAGING,
     Command,
+    FirstToken,
     GiveUp,
     ReceiveEnded,
     ReceiveOpened,
@@ -34,6 +35,7 @@ class ScriptedPrefill:
         self.reports: list[TransferReport] = []
         self.failures: list[str] = []
         self.stopped = False
+        self.first_token: Callable[[int], None] | None = None
         self.reported = asyncio.Event()
         self.called = asyncio.Event()
         self.answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -42,9 +44,10 @@ class ScriptedPrefill:
     def more(self) -> bool:
         return bool(self.left)
 
-    async def ask(self, target: PushTarget) -> int:
+    async def ask(self, target: PushTarget, first_token: Callable[[int], None] | None = None) -> int:
         self.asked = self.left.pop(0)
         self.targets.append(target)
+        self.first_token = first_token
         self.called.set()
         return await asyncio.shield(self.answer)
 
@@ -230,3 +233,69 @@ async def test_the_reason_for_computing_here_is_passed_on() -> None:
         made.receives.handle(Skipped("r", "prefix hit"))
         made.receives.handle(ReceiveEnded("r", 256, 0, NO_STAGING))
         assert remote.reasons == ["prefix hit", "no staging"]
+
+
+async def test_the_first_token_is_told_to_the_connectors_before_anybody_else_has_it() -> None:
+    async with bench() as made:
+        remote = ScriptedPrefill("p0")
+        receive = made.receives.expect("r", remote, first_token=True)
+        made.open()
+        await remote.called.wait()
+        assert receive.first_token is not None
+        assert remote.first_token is not None
+        receive.first_token.add_done_callback(lambda _: made.commands.append(GiveUp("marks the moment", 0)))
+        remote.first_token(42)
+        assert await receive.first_token == 42
+        assert made.commands[0] == FirstToken("r", 42)
+        made.arrive()
+        remote.answer.set_result(0)
+        await remote.reported.wait()
+        made.receives.release("r")
+        await asyncio.sleep(0)
+        assert [command for command in made.commands if isinstance(command, FirstToken)] == [FirstToken("r", 42)]
+
+
+async def test_the_first_token_stays_what_the_client_has_whatever_the_next_candidate_chooses() -> None:
+    async with bench() as made:
+        remote = ScriptedPrefill("p0", "p1")
+        receive = made.receives.expect("r", remote, first_token=True)
+        made.open()
+        await remote.called.wait()
+        assert remote.first_token is not None
+        remote.first_token(42)
+        remote.fail("cancelled")
+        assert await made.next_command() == FirstToken("r", 42)
+        assert isinstance(await made.next_command(), Settle)
+        assert isinstance(await made.next_command(), Reopen)
+        made.open(257)
+        await remote.called.wait()
+        remote.first_token(43)
+        assert receive.first_token is not None
+        assert receive.first_token.result() == 42
+        remote.fail("cancelled")
+        assert isinstance(await made.next_command(), Settle)
+        assert isinstance(await made.next_command(), GiveUp)
+        assert made.commands == []
+
+
+async def test_an_engine_that_waits_for_a_first_token_hears_when_none_will_come() -> None:
+    async with bench() as made:
+        remote = ScriptedPrefill("p0")
+        receive = made.receives.expect("r", remote, first_token=True)
+        made.open()
+        await remote.called.wait()
+        remote.fail("gone")
+        assert isinstance(await made.next_command(), Settle)
+        assert isinstance(await made.next_command(), GiveUp)
+        assert await made.next_command() == FirstToken("r", None)
+        assert remote.first_token is not None
+        remote.first_token(42)  # late, by a message that was on its way
+        assert receive.first_token is not None
+        assert not receive.first_token.done()
+
+
+async def test_a_receive_that_never_got_staging_waits_for_no_first_token() -> None:
+    async with bench() as made:
+        made.receives.expect("r", ScriptedPrefill("p0"), first_token=True)
+        made.receives.handle(ReceiveEnded("r", 256, 0, NO_STAGING))
+        assert await made.next_command() == FirstToken("r", None)

@@ -40,7 +40,7 @@ class Peers:
     def more(self) -> bool:
         return bool(self.candidates)
 
-    async def ask(self, target: PushTarget) -> int:
+    async def ask(self, target: PushTarget, first_token: Callable[[int], None] | None = None) -> int:
         self.targets.append(target)
         self.asking.set()
         candidate = self.candidates.pop(0)

@@ -124,8 +124,10 @@ def pair(staging_blocks: int = 8, timeout_s: float = 5.0, verify: bool = False) 
         receiver.mover.close()
 
 
-def plan_receive(receiver: Side, ids: list[int], request_id: str = "r", transfer_id: int = 256) -> None:
-    plan = ReceivePlan(f"{request_id}-engine", request_id, ids, 0, transfer_id)
+def plan_receive(
+    receiver: Side, ids: list[int], request_id: str = "r", transfer_id: int = 256, *, first_token: bool = False
+) -> None:
+    plan = ReceivePlan(f"{request_id}-engine", request_id, ids, 0, transfer_id, first_token=first_token)
     receiver.mover.plan(StepPlan(receives=[plan]))
 
 
