@@ -37,20 +37,18 @@ class Stream:
     request_id: RequestId
     started: float
     token_ids: list[int] = field(default_factory=list)
-    first_s: float | None = None
+    token_s: list[float] = field(default_factory=list)  # of each token, since it was sent
     error: str | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     ended: bool = False
 
-    async def until_first(self) -> float:
-        """Seconds to the first token."""
+    async def until_first(self) -> None:
         async with asyncio.timeout(REQUEST_S):
-            while self.first_s is None and not self.ended:
+            while not self.token_s and not self.ended:
                 self.changed.clear()
                 await self.changed.wait()
-        if self.first_s is None:
+        if not self.token_s:
             raise RuntimeError(f"no token came: {self.error}")
-        return self.first_s
 
     async def until_end(self) -> list[int]:
         async with asyncio.timeout(REQUEST_S):
@@ -69,7 +67,8 @@ class Client:
         self.bus, self.membership, self.subjects = bus, membership, subjects
         self.frontend = FrontendId(uuid.uuid4().hex)
         self.streams: dict[str, Stream] = {}
-        self.steps: list[float] = []  # when batches of deltas came: one per engine step of the worker
+        self.watched: set[str] = set()  # requests
+        self.steps: list[float] = []  # when batches of their deltas came: one per engine step of the worker
 
     @classmethod
     @asynccontextmanager
@@ -110,13 +109,14 @@ class Client:
 
     def _deltas(self, message: Message) -> None:
         now = time.perf_counter()
-        self.steps.append(now)
-        for delta in decode(message.data, DeltaBatch).deltas:
+        deltas = decode(message.data, DeltaBatch).deltas
+        if any(delta.request_id in self.watched for delta in deltas):
+            self.steps.append(now)
+        for delta in deltas:
             stream = self.streams.get(delta.request_id)
             if stream is None:
                 continue
-            if delta.token_ids and stream.first_s is None:
-                stream.first_s = now - stream.started
+            stream.token_s += [now - stream.started] * len(delta.token_ids)
             stream.token_ids += delta.token_ids
             stream.error = delta.error.message if delta.error else None
             stream.ended = bool(delta.finish or delta.error)

@@ -5,27 +5,20 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import os
 import random
-import signal
 import statistics
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from benchmarks.deployment import serve
-from benchmarks.gpu.client import Client, Stream
+from benchmarks.gpu.client import Client
 from benchmarks.gpu.model import MAX_LENGTH, VOCAB, make
 from dynamo_lite.plane.wire import InstanceRecord
 
 LENGTHS = (512, 2048, 4096, 8192, 16384)
 BATCH = 64
 BACKGROUND_PROMPT, BACKGROUND_TOKENS = 256, 4000
-IDENTITY_TOKENS = 24
+NEW_TOKENS = 4
 CUDA_GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 72]}
 # Both workers share one GPU, so each is told how much of it is its own.
 ENGINE: dict[str, Any] = {"load_format": "dummy", "compilation_config": CUDA_GRAPHS, "max_num_batched_tokens": 4096}
@@ -36,12 +29,12 @@ def prompt(length: int, seed: int) -> list[int]:
     return [numbers.randrange(256, VOCAB - 300) for _ in range(length)]
 
 
-def config(folder: Path, verify: bool) -> Path:
+def config(folder: Path, model: Path, engine: dict[str, Any], verify: bool) -> Path:
     """The deployment's file."""
-    worker = {"count": 1, "gpu_type": "auto", "max_num_seqs": 96, "args": ENGINE}
+    worker = {"count": 1, "gpu_type": "auto", "max_num_seqs": 96, "args": engine}
     content = {
-        "model": str(make(folder / "model")),
-        "served_model_name": "llama-8b-shape",
+        "model": str(model),
+        "served_model_name": model.name,
         "dtype": "bfloat16",
         "max_model_len": MAX_LENGTH,
         "workers": {
@@ -55,12 +48,11 @@ def config(folder: Path, verify: bool) -> Path:
     return file
 
 
-async def timed(client: Client, length: int, seed: int, *prefill: InstanceRecord) -> float:
-    """Seconds to the first token of a prompt nobody has seen."""
-    stream = await client.send(prompt(length, seed), 1, client.worker("decode-0"), *prefill)
-    seconds = await stream.until_first()
+async def timed(client: Client, length: int, seed: int, *prefill: InstanceRecord) -> tuple[float, float]:
+    """Seconds to the first token of a prompt nobody has seen, and to the second."""
+    stream = await client.send(prompt(length, seed), NEW_TOKENS, client.worker("decode-0"), *prefill)
     await stream.until_end()
-    return seconds
+    return stream.token_s[0], stream.token_s[1]
 
 
 async def idle_ttft(client: Client, lengths: tuple[int, ...], rounds: int) -> dict[str, Any]:
@@ -68,15 +60,16 @@ async def idle_ttft(client: Client, lengths: tuple[int, ...], rounds: int) -> di
     prefill = client.worker("prefill-0")
     found: dict[str, Any] = {}
     for length in lengths:
-        remote, local = [], []
+        times: dict[str, list[float]] = {}
         for turn in range(rounds + 1):
-            remote.append(await timed(client, length, 2 * turn, prefill))
-            local.append(await timed(client, length, 2 * turn + 1))
-        found[str(length)] = {"remote_s": remote[1:], "local_s": local[1:]}  # the first of each warms up
-        print(
-            f"{length:6d} tokens: remote {statistics.median(remote[1:]) * 1e3:7.1f} ms, "
-            f"local {statistics.median(local[1:]) * 1e3:7.1f} ms", flush=True,
-        )  # fmt: skip
+            for way, seed, helpers in (("remote", 2 * turn, (prefill,)), ("local", 2 * turn + 1, ())):
+                first, second = await timed(client, length, seed, *helpers)
+                if turn:  # the first of each warms up
+                    times.setdefault(f"{way}_s", []).append(first)
+                    times.setdefault(f"{way}_second_s", []).append(second)
+        found[str(length)] = times
+        medians = {name: round(statistics.median(values) * 1e3, 1) for name, values in times.items()}
+        print(f"{length:6d} tokens, ms: {medians}", flush=True)
     return found
 
 
@@ -89,6 +82,7 @@ async def busy_ttft(client: Client, length: int, rounds: int) -> dict[str, Any]:
     ]
     for stream in streams:
         await stream.until_first()
+    client.watched = {stream.request_id for stream in streams}
     found: dict[str, Any] = {"batch": BATCH, "length": length}
     found["alone_itl_s"] = await steps_during(client, asyncio.sleep(2))
     for turn, (name, helpers) in enumerate([("remote", (prefill,)), ("local", ())] * 2):
@@ -96,7 +90,8 @@ async def busy_ttft(client: Client, length: int, rounds: int) -> dict[str, Any]:
 
         async def requests(helpers: tuple[InstanceRecord, ...] = helpers, base: int = turn, to: Any = times) -> None:
             for number in range(rounds):
-                to.append(await timed(client, length, 10_000 + base * 100 + number, *helpers))
+                first, _ = await timed(client, length, 10_000 + base * 100 + number, *helpers)
+                to.append(first)
 
         gaps = await steps_during(client, requests())
         found.setdefault(f"{name}_s", []).extend(times)
@@ -125,62 +120,11 @@ def summary(values: list[float]) -> dict[str, float]:
     }
 
 
-async def identity(client: Client, lengths: tuple[int, ...]) -> dict[str, bool]:
-    """Whether the tokens after a remote prefill are those after a local one."""
-    worker, prefill = client.worker("decode-0"), client.worker("prefill-0")
-    same = {}
-    for length in lengths:
-        token_ids = prompt(length, 77)
-        remote = await (await client.send(token_ids, IDENTITY_TOKENS, worker, prefill)).until_end()
-        local = await (await client.send(token_ids, IDENTITY_TOKENS, worker)).until_end()
-        same[str(length)] = remote == local
-    print("identical:", same, "distinct tokens:", len(set(remote)), flush=True)
-    return same
-
-
-async def faults(client: Client) -> dict[str, Any]:
-    """The prefill worker is frozen, woken, and killed while it computes."""
-    worker, prefill = client.worker("decode-0"), client.worker("prefill-0")
-    found: dict[str, Any] = {}
-    for name in ("freeze", "kill"):
-        token_ids = prompt(16_000, 88)
-        expected = await (await client.send(token_ids, IDENTITY_TOKENS, worker)).until_end()
-        stream = await client.send(token_ids, IDENTITY_TOKENS, worker, prefill)
-        await asyncio.sleep(0.15)  # into the prefill, which takes several times as long
-        with stopped(prefill.pid, signal.SIGKILL if name == "kill" else signal.SIGSTOP):
-            started = time.perf_counter()
-            tokens = await stream.until_end()
-            found[name] = {"same_tokens": tokens == expected, "seconds": time.perf_counter() - started}
-        if name == "freeze":
-            await asyncio.sleep(3)
-            again: Stream = await client.send(token_ids, IDENTITY_TOKENS, worker, prefill)
-            found["after thaw"] = {"same_tokens": await again.until_end() == expected}
-        print(name, found, flush=True)
-    return found
-
-
-@contextmanager
-def stopped(pid: int, how: signal.Signals) -> Iterator[None]:
-    """The worker and its engine, for the length of the body."""
-    process = psutil.Process(pid)
-    everyone = [process, *process.children(recursive=True)]
-    for one in everyone:
-        os.kill(one.pid, how)
-    try:
-        yield
-    finally:
-        if how == signal.SIGSTOP:
-            for one in everyone:
-                os.kill(one.pid, signal.SIGCONT)
-
-
 async def measure(run: dict[str, Any], quick: bool) -> dict[str, Any]:
     rounds = 2 if quick else 7
     async with Client.connect(run) as client:
         found: dict[str, Any] = {"idle": await idle_ttft(client, LENGTHS[:3] if quick else LENGTHS, rounds)}
-        found["identical"] = await identity(client, (1, 15, 16, 17, 500, 4096, 5000))
         found["busy"] = await busy_ttft(client, 4096, rounds)
-        found["faults"] = await faults(client)
     return found
 
 
@@ -203,8 +147,8 @@ def stages(spans: list[dict[str, Any]]) -> list[dict[str, float]]:
     return found
 
 
-def main(folder: Path, quick: bool, verify: bool) -> dict[str, Any]:
-    with serve(config(folder, verify), folder / "run") as deployment:
+def main(folder: Path, quick: bool) -> dict[str, Any]:
+    with serve(config(folder, make(folder / "llama-8b-shape"), ENGINE, verify=False), folder / "run") as deployment:
         print(f"ready after {deployment.ready_s:.1f} s", flush=True)
         found = asyncio.run(measure(deployment.run, quick))
         found["ready_s"] = deployment.ready_s

@@ -1,6 +1,6 @@
 """Everything that is measured on one GPU, in one run: our deployment, stock vLLM's connector, the raw transfer.
 
-    python -m benchmarks.gpu.run --json FILE [--only ours stock] [--quick] [--verify]
+    python -m benchmarks.gpu.run --json FILE [--only ours safety stock] [--mps] [--quick]
 
 By hand, on a host with one GPU of 80 GB; never in CI.
 """
@@ -9,22 +9,44 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import ours, stock
+from benchmarks.gpu import ours, safety, stock
 from benchmarks.report import machine
+
+
+@contextmanager
+def sharing(folder: Path, wanted: bool) -> Iterator[None]:
+    """Processes started inside run their kernels side by side. MPS does not survive the death of one of them for sure.
+
+    Without it a GPU gives its processes turns of some milliseconds.
+    """
+    if not wanted:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["CUDA_MPS_PIPE_DIRECTORY"] = os.environ["CUDA_MPS_LOG_DIRECTORY"] = str(folder)
+    subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, timeout=30)
+    try:
+        yield
+    finally:
+        subprocess.run(["nvidia-cuda-mps-control"], input=b"quit\n", check=True, timeout=60)
+        del os.environ["CUDA_MPS_PIPE_DIRECTORY"], os.environ["CUDA_MPS_LOG_DIRECTORY"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", default=["ours", "stock"])
+    parser.add_argument("--only", nargs="*", default=["ours", "safety", "stock"])
     parser.add_argument("--quick", action="store_true", help="few rounds of the shorter prompts")
-    parser.add_argument("--verify", action="store_true", help="checksum every piece, end to end")
+    parser.add_argument("--mps", action="store_true", help="share the GPU by NVIDIA's MPS, but for the safety stage")
     parser.add_argument("--logs", type=Path, help="keep the deployment's folder here")
     chosen = parser.parse_args()
     results: dict[str, Any] = {"machine": machine()}
@@ -32,12 +54,14 @@ def main() -> None:
         folder = chosen.logs or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         stages: dict[str, Callable[[], dict[str, Any]]] = {
-            "ours": lambda: ours.main(folder, chosen.quick, chosen.verify),
+            "ours": lambda: ours.main(folder, chosen.quick),
+            "safety": lambda: safety.main(folder),
             "stock": lambda: stock.main(folder, chosen.quick),
         }
         for name in chosen.only:
             try:
-                results[name] = stages[name]()
+                with sharing(folder / "mps", chosen.mps and name != "safety"):
+                    results[name] = stages[name]()
             except Exception:  # the other stages' results are worth keeping
                 results[name] = {"failed": traceback.format_exc()}
                 print(results[name]["failed"], flush=True)
