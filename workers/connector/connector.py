@@ -145,7 +145,7 @@ class DynamoLiteConnector(KVConnectorBase_V1, SupportsHMA):
         self._works.before_forward(kv_connector_metadata.plan)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        return  # receives are opened with everything else, after the forward pass
+        return  # receives were opened when the step's plan came
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         return

@@ -55,7 +55,10 @@ class WorkerSide:
         )
 
     def bind(self, plan: StepPlan) -> None:
+        """Before the forward pass: receives need not wait for it to be launched, as it leaves their blocks alone."""
         self._plan, self._planned = plan, False
+        if self._mover is not None:
+            self._mover.plan(StepPlan(receives=plan.receives, cancelled_receives=plan.cancelled_receives))
 
     def before_forward(self, plan: StepPlan) -> None:
         """Blocks of preempted prompts are about to be overwritten by this step."""
@@ -63,10 +66,11 @@ class WorkerSide:
             self._mover.cancel_pushes(plan.preempted_pushes)
 
     def after_forward(self) -> None:
-        """Hand the step's plan to the mover. vLLM's V2 runner leaves this out of a step without a forward pass."""
+        """Hand the step's pushes to the mover. vLLM's V2 runner leaves this out of a step without a forward pass."""
         if self._mover is not None and not self._planned:
             self._planned = True
-            self._mover.plan(self._plan)
+            plan = self._plan
+            self._mover.plan(StepPlan(pushes=plan.pushes, cancelled_pushes=plan.cancelled_pushes))
 
     def ended(self, finished: set[str]) -> Ended:
         if self._mover is None:
