@@ -277,8 +277,6 @@ class _Planner:
         devices = self._device(source), self._device(target)
         if devices[0] != devices[1]:
             return f"KV on {devices[0]} cannot be used on {devices[1]}"
-        if source.tensor_parallel != target.tensor_parallel:
-            return f"tensor_parallel differs ({source.tensor_parallel} and {target.tensor_parallel})"
         return None
 
     def warnings(self) -> Iterator[str]:

@@ -3,6 +3,7 @@
 TransferError
 ├── PeerLost          the peer's process or link is gone
 ├── TransferTimeout   our deadline passed
+├── ReceiverSilent    nobody empties the staging slots we were granted
 ├── Frozen            this process stood still for too long
 ├── StaleIncarnation  the address is another process's by now
 ├── Corrupt           the bytes that arrived are not those that were sent
@@ -32,6 +33,12 @@ class TransferTimeout(TransferError):
     """Our deadline passed while the peer was silent."""
 
     cause = "deadline"
+
+
+class ReceiverSilent(TransferError):
+    """The receiver has not emptied a granted slot for as long as a peer is waited for."""
+
+    cause = "receiver_silent"
 
 
 class Frozen(TransferError):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from dynamo_lite.errors import PrefillFailed
+from dynamo_lite.plane.layout import KvLayout
 from dynamo_lite.plane.wire import Incarnation, PushTarget, RankTarget
 from workers.connector.protocol import (
     IN_FLIGHT,
@@ -58,10 +59,13 @@ class Receives:
     """All receives of one engine. Runs on the event loop; drivers are tasks of `group`."""
 
     def __init__(
-        self, incarnation: Incarnation, ranks: int, command: Callable[[Command], None], timeout_s: float,
+        self, incarnation: Incarnation, layout: KvLayout, command: Callable[[Command], None], timeout_s: float,
         group: asyncio.TaskGroup,
     ) -> None:  # fmt: skip
-        self._incarnation, self._ranks, self._command = incarnation, ranks, command
+        """`layout` of this worker: prefill workers bring KV into it."""
+        self._incarnation, self._layout, self._ranks, self._command = (
+            incarnation, layout, layout.tensor_parallel, command,
+        )  # fmt: skip
         self._timeout_s, self._group = timeout_s, group
         self._receives: dict[str, Receive] = {}
 
@@ -211,7 +215,8 @@ class Receives:
     def _target(self, receive: Receive, transfer_id: int) -> PushTarget:
         opened = [receive.opened[rank] for rank in sorted(receive.opened)]
         ranks: tuple[RankTarget, ...] = tuple(one.target for one in opened)
-        return PushTarget(transfer_id, self._incarnation, opened[0].first_block, opened[0].num_blocks, ranks)
+        first_token = opened[0].first_block * self._layout.block_size
+        return PushTarget(transfer_id, self._incarnation, self._layout, first_token, opened[0].tokens, ranks)
 
     @staticmethod
     async def _change(receive: Receive) -> None:

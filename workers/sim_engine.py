@@ -87,7 +87,7 @@ class SimEngine:
             values="NHD",
         )
         fingerprint = Fingerprint(config.model, config.revision or "", BACKEND, BACKEND, layout)
-        self._block_bytes = fingerprint.block_bytes
+        self._layout = layout
         # The engine outlives every task group of the worker, as a real one (a process) does; close() ends it.
         self._loop = asyncio.get_running_loop().create_task(self._guarded())
         return EngineInfo(fingerprint, self._pool.size, longest, self._max_num_seqs)
@@ -142,9 +142,9 @@ class SimEngine:
 
     async def prefill(self, job: PrefillJob) -> Prefilled:
         sequence = Sequence(job.request_id, list(job.token_ids), _PROMPT_ONLY, None, job.cache_salt)
-        end = job.target.first_block + job.target.num_blocks
-        if end != -(-len(job.token_ids) // self._block_size):
-            raise PrefillFailed("mismatch", f"the target ends at block {end}, the prompt elsewhere")
+        end = job.target.first_token + job.target.tokens
+        if end != len(job.token_ids):
+            raise PrefillFailed("mismatch", f"the target ends after {end} tokens, the prompt elsewhere")
         try:
             async with asyncio.timeout(job.timeout_s):
                 with self._enrolled(sequence) as inbox:
@@ -153,7 +153,8 @@ class SimEngine:
                     blocks, started = job.target.num_blocks, time.time_ns()
                     with self._held("push", blocks):
                         await asyncio.sleep(self._pace.transfer_s(blocks))
-                    moved = TransferReport(blocks * self._block_bytes, blocks, 1, BACKEND, started, time.time_ns())
+                    size = blocks * job.target.layout.block_bytes
+                    moved = TransferReport(size, blocks, 1, BACKEND, started, time.time_ns())
                     return Prefilled(sequence.cached or 0, moved)
         except TimeoutError:
             raise PrefillFailed("deadline", f"not done within {job.timeout_s:.3g} s") from None
@@ -238,9 +239,11 @@ class SimEngine:
         cached = sequence.cached or 0
         first = cached // self._block_size
         blocks = len(sequence.blocks) - first
+        size, start = blocks * self._layout.block_bytes, first * self._block_size
         with self._held("receive", blocks):
             while remote.more:
-                target = PushTarget(secrets.randbits(64), self._incarnation, first, blocks, ())
+                attempt, tokens = secrets.randbits(64), sequence.prompt_len - start
+                target = PushTarget(attempt, self._incarnation, self._layout, start, tokens, ())
                 try:
                     await remote.ask(target)
                 except PrefillFailed as error:
@@ -248,7 +251,7 @@ class SimEngine:
                     continue
                 ended = time.time_ns()
                 started = ended - int(self._pace.transfer_s(blocks) * 1e9)
-                remote.transferred(TransferReport(blocks * self._block_bytes, blocks, 1, BACKEND, started, ended))
+                remote.transferred(TransferReport(size, blocks, 1, BACKEND, started, ended))
                 self._resume(sequence, sequence.prompt_len - 1)
                 return sequence.prompt_len - 1 - cached
         self._resume(sequence, cached)

@@ -33,6 +33,7 @@ from kvbm.events import KvEvent, Tier
 from workers.connector.channel import WorkerEnd
 from workers.connector.protocol import (
     FIRST,
+    IN_FLIGHT,
     PUSH,
     REMOTE,
     REQUEST_ID,
@@ -46,6 +47,7 @@ from workers.connector.protocol import (
     PushEnded,
     Report,
     StopPush,
+    failure,
 )
 from workers.engine import EngineInfo, EngineLoad, Job, Output, Prefilled, PrefillJob, TransferReport
 from workers.first_token import may_be_chosen_elsewhere, results_after
@@ -177,11 +179,12 @@ class VllmEngine:
             raise StartError(self._spec.name, "the transfer engine did not come up") from None
         await self._stack.enter_async_context(background(self._pulse.watch()))
         group = await self._stack.enter_async_context(asyncio.TaskGroup())
-        self._receives = Receives(self._incarnation, self._ranks, self._channel.command, self._timeout_s, group)
-        self._feed = KvFeed(self._channel.endpoint("events"), self._channel.endpoint("replay"))
         hello = self._hellos[0]
         self._blocks = hello.kv_blocks
         fingerprint = self._fingerprint(hello)
+        layout = fingerprint.layout
+        self._receives = Receives(self._incarnation, layout, self._channel.command, self._timeout_s, group)
+        self._feed = KvFeed(self._channel.endpoint("events"), self._channel.endpoint("replay"))
         self._block_bytes = fingerprint.block_bytes * self._ranks
         return EngineInfo(
             fingerprint,
@@ -327,7 +330,7 @@ class VllmEngine:
             if len(push.ends) < self._ranks:
                 await self._stop(job.request_id, push)
             self._pushes.pop(job.request_id, None)
-        cause = next((end.cause for end in push.ends.values() if end.cause), "")
+        cause = failure(push.ends.values())
         if cause:
             raise PrefillFailed(cause)
         return Prefilled(cached, _summary(job.target.num_blocks, list(push.ends.values())), first_token)
@@ -348,6 +351,8 @@ class VllmEngine:
                 await self._pushed(push)
         except TimeoutError:
             raise PrefillFailed("silent", "the transfer engine does not answer") from None
+        if failure(push.ends.values()) == IN_FLIGHT:
+            raise PrefillFailed(IN_FLIGHT)
 
     def meet(self, incarnation: str, agents: tuple[bytes, ...]) -> None:
         self._channel.command(Meet(incarnation, agents))
@@ -385,7 +390,8 @@ class VllmEngine:
 
 
 def _summary(blocks: int, ends: list[PushEnded]) -> TransferReport:
-    """Of all ranks."""
+    """Of all ranks that had something to send."""
+    ends = [end for end in ends if end.pieces]
     return TransferReport(
         bytes=sum(end.bytes for end in ends),
         blocks=blocks,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+ALIGNMENT = 64  # bytes: where a share of a staging slot begins
 FLOATS = ("float32", "float16", "bfloat16")  # converted into one another; the others are only copied
 
 
@@ -115,6 +116,25 @@ def parts(prefill: KvLayout, prefill_rank: int, decode: KvLayout, decode_rank: i
         return None
     shared = range(max(mine.start, theirs.start), min(mine.stop, theirs.stop))
     return shared or None
+
+
+def slot_bytes(layout: KvLayout, piece: int) -> int:
+    """Size of a staging slot: one block at least, or as many as fit into `piece` bytes, in whatever shares."""
+    size = max(piece // layout.block_bytes, 1) * layout.block_bytes
+    if layout.rank_heads > 1 and layout.part_bytes(1) % ALIGNMENT:
+        size += layout.rank_heads * ALIGNMENT  # what the shares lose by their alignment
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def share(layout: KvLayout, rank: int, heads: range, slot_bytes: int) -> range:
+    """The bytes, in each staging slot of a decode rank, that belong to whoever sends `heads` of the model to it.
+
+    `parts` of one rank are disjoint, and so are their shares: several prefill ranks fill a slot side by side, each with
+    flow control of its own, and nobody has to tell them which part of it is theirs.
+    """
+    first = heads.start - layout.heads(rank).start
+    start, stop = (slot_bytes * count // layout.rank_heads // ALIGNMENT for count in (first, first + len(heads)))
+    return range(start * ALIGNMENT, stop * ALIGNMENT)
 
 
 def exchange_problem(prefill: KvLayout, decode: KvLayout) -> str | None:

@@ -59,9 +59,7 @@ class Fingerprint(msgspec.Struct, frozen=True):
             theirs, mine = getattr(prefill, field), getattr(self, field)
             if theirs != mine:
                 return f"the prefill worker's {field} is {theirs!r}, the decode worker's {mine!r}"
-        if prefill.layout != self.layout:
-            return exchange_problem(prefill.layout, self.layout) or "the two workers' KV lies differently"
-        return None
+        return exchange_problem(prefill.layout, self.layout)
 
 
 class InstanceRecord(msgspec.Struct, frozen=True):
@@ -191,13 +189,24 @@ class RankTarget(msgspec.Struct, frozen=True):
 
 
 class PushTarget(msgspec.Struct, frozen=True):
-    """What a prefill worker needs to push a prompt's KV into a decode worker."""
+    """What a prefill worker needs to push a prompt's KV into a decode worker, whose blocks may be of another size."""
 
     transfer_id: int  # random 64 bits: the hold's generation; anything under another id is ignored
     decode: Incarnation
-    first_block: int  # blocks before it are on the decode worker already
-    num_blocks: int  # blocks to push, the last one possibly partial
-    ranks: tuple[RankTarget, ...]
+    layout: KvLayout  # of the decode worker
+    first_token: int  # of the prompt, at the start of a block of `layout`; what is before it is there already
+    tokens: int  # to push: from there to the prompt's end
+    ranks: tuple[RankTarget, ...]  # all of the decode worker's; none with the sim engine
+
+    @property
+    def first_block(self) -> int:
+        """In blocks of the decode worker's."""
+        return self.first_token // self.layout.block_size
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the decode worker's to fill, the last one possibly in part."""
+        return -(-self.tokens // self.layout.block_size)
 
 
 class PrefillRequest(msgspec.Struct, frozen=True):

@@ -38,8 +38,9 @@ class Placement:
             # What is missing is work for whoever computes it, until the first token; the context is work for the
             # decode worker at every step.
             computes = self._prefill or self._decode
+            missing_there = missing * _block_size(self._decode) / _block_size(computes)
             bookings.enter_context(self._decode.load.booked(self.prompt_blocks))
-            self._computing.append(bookings.enter_context(computes.load.booked(missing)))
+            self._computing.append(bookings.enter_context(computes.load.booked(missing_there)))
             yield
 
     def observed(self, cached_tokens: int) -> None:
@@ -50,6 +51,10 @@ class Placement:
         metrics.PREDICTED_BLOCKS.inc(self.overlap_blocks)
         metrics.ACTUAL_BLOCKS.inc(actual)
         metrics.MISPREDICTED_BLOCKS.set(self.overlap_blocks - actual)
+
+
+def _block_size(instance: Instance) -> int:
+    return instance.record.fingerprint.block_size
 
 
 class Router:

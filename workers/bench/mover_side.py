@@ -7,6 +7,7 @@ import time
 import uuid
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from dynamo_lite.plane.wire import Incarnation, PushTarget
@@ -17,6 +18,7 @@ from workers.connector.settings import MoverSettings
 from workers.errors import TransferError
 from workers.transfer.fabric import Fabric
 from workers.transfer.layout import planes_of
+from workers.transfer.span import Span
 
 TIMEOUT_S = 10.0
 _ENGINE_ID = "bench"
@@ -63,7 +65,9 @@ class MoverSide:
         )
         self._reports = Reports()
         engine = Fabric(f"{uuid.uuid4().hex}:0", transport=wires.transport, rdma=wires.rdma)
-        self._mover = Mover(engine, planes_of(self._caches, self._kv.blocks), settings, self._reports)
+        planes = planes_of(self._caches, self._kv.blocks)
+        self._layout = planes.layout
+        self._mover = Mover(engine, planes, settings, self._reports)
 
     def _filled(self, layer: int) -> torch.Tensor:
         """A layer whose 8-byte words are numbered, so that both sides know what is where."""
@@ -84,11 +88,12 @@ class MoverSide:
                 return self._compare(command)
 
     def _receive(self, command: Receive) -> Opened:
-        plan = ReceivePlan(_ENGINE_ID, _ENGINE_ID, command.block_ids, 0, command.transfer_id)
+        tokens = len(command.block_ids) * self._kv.tokens
+        plan = ReceivePlan(_ENGINE_ID, _ENGINE_ID, command.block_ids, 0, tokens, command.transfer_id)
         self._mover.plan(StepPlan(receives=[plan]))
         _, opened = self._reports.take(ReceiveOpened)
         return Opened(
-            PushTarget(opened.transfer_id, Incarnation("d"), opened.first_block, opened.num_blocks, (opened.target,))
+            PushTarget(opened.transfer_id, Incarnation("d"), self._layout, 0, opened.tokens, (opened.target,))
         )
 
     def _received(self) -> Arrival:
@@ -98,7 +103,9 @@ class MoverSide:
         return Arrival(at, ended.path, ended.pieces)
 
     def _push(self, command: Push) -> Moment:
-        step = PushStep(_ENGINE_ID, _ENGINE_ID, command.target, command.block_ids, 0)
+        block_ids, tokens = np.array(command.block_ids, dtype=np.int64), len(command.block_ids) * self._kv.tokens
+        span = Span(block_ids, self._kv.tokens, 0, tokens)
+        step = PushStep(_ENGINE_ID, _ENGINE_ID, command.target, span, 0)
         began = time.monotonic()
         self._mover.plan(StepPlan(pushes=[step]))
         _, ended = self._reports.take(PushEnded)

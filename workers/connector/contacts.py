@@ -83,6 +83,10 @@ class Contacts:
             self._early.add(peer)
         self._tell()
 
+    def agents(self, incarnation: str) -> set[str]:
+        """Names of the agents of all of a worker's ranks that could be connected."""
+        return {peer for peer, contact in self._contacts.items() if contact.incarnation == incarnation}
+
     def progress(self) -> None:
         """Greet the next agent: one a turn, as connecting takes some 10 ms, in which transfers stand still.
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
+from dynamo_lite.plane.layout import slot_bytes
 from dynamo_lite.processes import wake_precisely
 from workers.connector.contacts import Contacts
 from workers.connector.protocol import (
@@ -84,13 +85,13 @@ class Mover:
         on_bug: Callable[[BaseException], None] = lambda _: None,
     ) -> None:
         """`report` and `on_bug` are called on the mover's thread; the latter when it ends by an error of ours."""
-        slot_bytes = max(settings.piece // planes.block_bytes, 1) * planes.block_bytes
-        copier = Copier(planes)
+        size = slot_bytes(planes.layout, settings.piece)
+        copier = Copier(planes, settings.rank)
         copier.warm()  # before vLLM captures its CUDA graphs, which nobody may disturb
         self._engine, self._report, self._settings, self._on_bug = engine, report, settings, on_bug
         self._device = planes.device
-        outgoing = Staging(engine, settings.staging, slot_bytes, planes.device)
-        incoming = Staging(engine, settings.staging, slot_bytes, planes.device)
+        outgoing = Staging(engine, settings.staging, size, planes.device)
+        incoming = Staging(engine, settings.staging, size, planes.device)
         self._stagings = (outgoing, incoming)
         self._sender = Sender(engine, outgoing, copier, settings, report)
         self._receiver = Receiver(engine, incoming, copier, settings, report)
@@ -197,7 +198,7 @@ class Mover:
                 if now - last > self._settings.timeout_s and self._sender.active:
                     # This process was frozen: receivers have given up on these pushes, and must not be written to.
                     self._sender.fail_all("frozen")
-                self._sender.fence = now + self._settings.timeout_s
+                self._sender.fence(now + self._settings.timeout_s)
                 while self._todo:
                     self._todo.popleft()()
                 self._poll()
@@ -247,11 +248,11 @@ class Mover:
             case Piece():
                 self._receiver.piece(peer, note)
             case Credit():
-                self._sender.credit(note.transfer_id, note.slot)
+                self._sender.credit(peer, note.transfer_id, note.slot)
             case Refused():
                 self._sender.refused(peer, note.transfer_id, note.cause)
             case Closed():
-                self._receiver.closed(note.transfer_id)
+                self._receiver.closed(peer, note)
             case Greeting():
                 self._contacts.greeting(peer, note)
 
@@ -274,12 +275,13 @@ class Mover:
             case FirstToken():
                 self._receiver.first_token(command.request_id)
             case Settle():
+                senders = self._receiver.senders(command.transfer_id) | self._contacts.agents(command.peer)
                 self._receiver.settle(command.transfer_id, command.peer, command.closed)
-                if not command.closed:
-                    self._refuse(f"{command.peer}:{self._settings.rank}", command.transfer_id)
+                for sender in senders if not command.closed else ():
+                    self._refuse(sender, command.transfer_id)
             case PeerGone():
                 self._receiver.peer_gone(command.incarnation)
-                self._sender.lost(f"{command.incarnation}:{self._settings.rank}")
+                self._sender.gone(command.incarnation)
                 self._contacts.forget(command.incarnation)
             case Meet():
                 self._receiver.peer_back(command.incarnation)
@@ -290,7 +292,7 @@ class Mover:
                 self._report(Alive(self._settings.rank))
 
     def _refuse(self, peer: str, transfer_id: int) -> None:
-        """Ask a sender that fell silent to say, once it can, that it writes nothing more."""
+        """Ask one rank of a sender that fell silent to say, once it can, that it writes nothing more."""
         try:
             self._engine.notify(peer, _encode(Refused(transfer_id, UNWANTED)))
         except TransferError as error:

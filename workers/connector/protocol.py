@@ -6,6 +6,7 @@ Ids: `request_id` is ours (the same in every process); `engine_id` is vLLM's int
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -13,6 +14,7 @@ import msgspec
 from dynamo_lite.plane.layout import KvLayout
 from dynamo_lite.plane.wire import PushTarget, RankTarget
 from workers.transfer.ready import Ready
+from workers.transfer.span import Span
 
 # Keys of SamplingParams.extra_args["kv_transfer_params"], set by the worker process.
 REQUEST_ID = "dynamo_lite.request_id"
@@ -49,7 +51,7 @@ class ReceiveOpened(msgspec.Struct, frozen=True, tag="opened"):
     transfer_id: int
     rank: int
     first_block: int
-    num_blocks: int
+    tokens: int  # to be received, from the start of that block on
     target: RankTarget
 
 
@@ -87,6 +89,12 @@ class PushEnded(msgspec.Struct, frozen=True, tag="pushed"):
     path: str = ""  # dynamo_lite.transports.Path
     started_ns: int = 0  # unix time of the first piece
     ended_ns: int = 0
+
+
+def failure(ends: Iterable[PushEnded]) -> str:
+    """Why a push over these ranks failed; empty when it did not. That one of them still writes goes before all else."""
+    causes = [end.cause for end in ends if end.cause]
+    return IN_FLIGHT if IN_FLIGHT in causes else next(iter(causes), "")
 
 
 class Holds(msgspec.Struct, frozen=True, tag="holds"):
@@ -180,28 +188,31 @@ Command = Reopen | GiveUp | FirstToken | Settle | PeerGone | Meet | StopPush | P
 
 
 class Piece(msgspec.Struct, frozen=True, tag="piece", array_like=True):
-    """A staging slot has been filled with `count` blocks, the first being block `first` of the transfer."""
+    """The sender's share of a staging slot has been filled with its heads of `count` blocks of the receiver's."""
 
     transfer_id: int
     slot: int
-    first: int
+    first: int  # block of the transfer
     count: int
-    agent: bytes = b""  # the sender's metadata, in a transfer's first piece: where credits go
+    first_head: int  # of the model
+    heads: int  # how many; they say where in the slot the share lies
+    agent: bytes = b""  # the sender's metadata, in its first piece of a transfer: where credits go
     checksum: int | None = None  # of the piece, with kv_transfer.verify
 
 
 class Credit(msgspec.Struct, frozen=True, tag="credit", array_like=True):
-    """The slot has been emptied and may be written again."""
+    """The addressed sender's share of the slot has been emptied and may be written again."""
 
     transfer_id: int
     slot: int
 
 
 class Closed(msgspec.Struct, frozen=True, tag="closed", array_like=True):
-    """The sender has ended this transfer early and will write nothing more."""
+    """This rank of the sender has ended the transfer early, or will not begin it, and writes nothing more."""
 
     transfer_id: int
     cause: str
+    ranks: int  # of the sending worker: once that many have said so, it is closed
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused", array_like=True):
@@ -230,6 +241,7 @@ class ReceivePlan:
     request_id: str
     block_ids: list[int]  # destination, in prompt order
     first_block: int  # index in the prompt of block_ids[0]
+    tokens: int  # in those blocks; the last one may be partial
     transfer_id: int  # of the first attempt; every further one adds 1. The same on all ranks
     ready: Ready | None = None  # set by the mover: the blocks may be written
     first_token: bool = False  # the request does not go on before it is known whether the prefill worker chose one
@@ -237,13 +249,13 @@ class ReceivePlan:
 
 @dataclass(slots=True)
 class PushStep:
-    """Blocks of a prompt that this step finishes and that are to be pushed."""
+    """Tokens of a prompt that this step finishes and that are to be pushed."""
 
     engine_id: str
     request_id: str
     target: PushTarget
-    block_ids: list[int]  # source
-    first: int  # index in the transfer of block_ids[0]
+    span: Span  # fills whole blocks of the receiver's, but for the prompt's last
+    first: int  # block of the transfer, of the receiver's size, in which the span begins
 
 
 @dataclass(slots=True)

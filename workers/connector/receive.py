@@ -1,11 +1,13 @@
 """The receiving half of the mover: grants staging to a prefill worker, scatters the pieces that arrive.
 
 A receive waits for staging → is opened (the worker process is told, and asks a prefill worker) → collects pieces →
-ends. One that ends early leaves its slots in quarantine until its sender has closed it or is known to be gone.
+ends. Several ranks of the prefill worker may fill it at once, each with its heads in its share of every slot. One that
+ends early leaves its slots in quarantine until every one of those ranks has closed it or is known to be gone.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -16,9 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dynamo_lite.plane.layout import share
 from dynamo_lite.plane.wire import RankTarget
 from workers.connector.protocol import (
     NO_STAGING,
+    Closed,
     Credit,
     Note,
     Piece,
@@ -34,7 +38,9 @@ from workers.errors import Corrupt, TransferError
 from workers.transfer.engine import PeerEngine
 from workers.transfer.pack import Copier, Copy
 from workers.transfer.ready import Ready
+from workers.transfer.span import Span
 
+_log = logging.getLogger(__name__)
 _GONE_KEPT = 1024
 _STAGING_PATIENCE = 10  # times the transfer's timeout: longer than a quarantine lasts whose owner is really gone
 _notes = msgspec.msgpack.Encoder()
@@ -44,7 +50,9 @@ _notes = msgspec.msgpack.Encoder()
 class Landing:
     """A piece that is being scattered."""
 
+    sender: str  # agent name
     piece: Piece
+    heads: range  # of the model
     copy: Copy
 
 
@@ -55,11 +63,12 @@ class Receive:
     plan: ReceivePlan
     transfer_id: int
     slots: tuple[int, ...]
-    arrived: NDArray[np.bool_]  # [blocks]: scattered
-    sender: str = ""  # agent name, from the first piece
+    arrived: NDArray[np.bool_]  # [heads of this rank, blocks]: scattered
+    senders: set[str] = field(default_factory=set)  # agents that can be answered, from their first pieces
+    closers: set[str] = field(default_factory=set)  # agents that write nothing more
     corrupt: bool = False
     landings: list[Landing] = field(default_factory=list)
-    uncredited: list[int] = field(default_factory=list)  # slots emptied before the sender was known
+    uncredited: dict[str, list[int]] = field(default_factory=dict)  # slots emptied before their sender was known
     pieces: int = 0
     started_ns: int = 0
 
@@ -69,6 +78,7 @@ class Quarantine:
     """Slots of a transfer that ended early; someone may still write to them."""
 
     slots: tuple[int, ...]
+    closers: set[str]  # agents that no longer do
     peer: str = ""  # incarnation of the sender, once known
 
 
@@ -81,7 +91,7 @@ class Receiver:
     ) -> None:  # fmt: skip
         self._engine, self._staging, self._copier = engine, staging, copier
         self._rank, self._window, self._report = settings.rank, settings.window, report
-        self._proof = torch.empty_like(staging.bytes_of(0)) if settings.verify else None  # blocks read back
+        self._proof = torch.empty_like(staging.bytes_of((0,))) if settings.verify else None  # blocks read back
         self._patience_s = settings.timeout_s * _STAGING_PATIENCE
         self._waiting: deque[tuple[ReceivePlan, float]] = deque()  # with the time at which it is handed back
         self._open: dict[int, Receive] = {}  # by transfer id
@@ -164,18 +174,31 @@ class Receiver:
         self.received.add(plan.engine_id)
 
     def settle(self, transfer_id: int, peer: str, closed: bool) -> None:
-        closed = closed or peer in self._gone
+        closed = closed or peer in self._gone or self._settled.get(transfer_id, ("", False))[1]
         quarantine = self._quarantine.get(transfer_id)
         if quarantine is None:
             if transfer_id in self._open:
                 self._settled[transfer_id] = (peer, closed)
         elif closed:
-            self.closed(transfer_id)
+            self._close(transfer_id)
         else:
             quarantine.peer = peer
 
-    def closed(self, transfer_id: int) -> None:
-        """The sender will write nothing more under this id."""
+    def closed(self, sender: str, note: Closed) -> None:
+        """One rank of the sender writes nothing more under this id; it takes the word of all of them."""
+        found = self._open.get(note.transfer_id) or self._quarantine.get(note.transfer_id)
+        if found is not None:
+            found.closers.add(sender)
+            if len(found.closers) >= note.ranks:
+                self._close(note.transfer_id)
+
+    def senders(self, transfer_id: int) -> set[str]:
+        """Agents that have sent pieces of a transfer that is open."""
+        receive = self._open.get(transfer_id)
+        return set(receive.senders) if receive is not None else set()
+
+    def _close(self, transfer_id: int) -> None:
+        """Nobody writes anything more under this id."""
         if transfer_id in self._open:
             self._settled[transfer_id] = ("", True)
         quarantine = self._quarantine.pop(transfer_id, None)
@@ -192,7 +215,7 @@ class Receiver:
         if len(self._gone) > _GONE_KEPT:
             self._gone.popitem(last=False)
         for transfer_id in [key for key, value in self._quarantine.items() if value.peer == incarnation]:
-            self.closed(transfer_id)
+            self._close(transfer_id)
 
     # ---- pieces ----
 
@@ -201,17 +224,32 @@ class Receiver:
         receive = self._open.get(piece.transfer_id)
         if receive is None or receive.corrupt or piece.slot not in receive.slots:
             return
-        if not (piece.first >= 0 and piece.count > 0 and piece.first + piece.count <= len(receive.arrived)):
+        content = self._content(receive, piece)
+        if content is None:
             return
         if not receive.pieces:
             receive.started_ns = time.time_ns()
         if piece.agent:
             self._meet(receive, piece.agent)
         receive.pieces += 1
+        heads, staged = content
         blocks = receive.plan.block_ids[piece.first : piece.first + piece.count]
-        copy = self._copier.scatter(blocks, self._staging.bytes_of(piece.slot), ready=receive.plan.ready)
-        receive.landings.append(Landing(piece, copy))
+        copy = self._copier.scatter(blocks, staged, heads, receive.plan.ready)
+        receive.landings.append(Landing(sender, piece, heads, copy))
         self._land(receive)
+
+    def _content(self, receive: Receive, piece: Piece) -> tuple[range, torch.Tensor] | None:
+        """A piece's heads and its share of the slot; None where it says what cannot be."""
+        layout, mine = self._copier.layout, self._copier.heads
+        heads = range(piece.first_head, piece.first_head + piece.heads)
+        if not (piece.heads > 0 and mine.start <= heads.start and heads.stop <= mine.stop):
+            return None
+        if not (piece.first >= 0 and piece.count > 0 and piece.first + piece.count <= len(receive.plan.block_ids)):
+            return None
+        part = share(layout, self._rank, heads, self._staging.slot_bytes)
+        if piece.count * layout.part_bytes(piece.heads) > len(part):
+            return None
+        return heads, self._staging.bytes_of((piece.slot,))[part.start : part.stop]
 
     def progress(self) -> bool:
         """Take note of what was scattered; True when anything was."""
@@ -222,55 +260,59 @@ class Receiver:
         """Pieces are scattered in the order in which they came."""
         moved = False
         while receive.landings and receive.landings[0].copy.done:
-            self._landed(receive, receive.landings.pop(0).piece)
+            self._landed(receive, receive.landings.pop(0))
             moved = True
         return moved
 
-    def _landed(self, receive: Receive, piece: Piece) -> None:
-        part = slice(piece.first, piece.first + piece.count)
+    def _landed(self, receive: Receive, landing: Landing) -> None:
         if receive.corrupt:
             return
-        if piece.checksum is not None and not self._verified(receive.plan.block_ids[part], piece.checksum):
+        piece, heads = landing.piece, landing.heads
+        blocks = slice(piece.first, piece.first + piece.count)
+        if piece.checksum is not None and not self._verified(receive.plan.block_ids[blocks], heads, piece.checksum):
             self._refuse(receive)
             return
-        receive.arrived[part] = True
+        first = heads.start - self._copier.heads.start
+        receive.arrived[first : first + len(heads), blocks] = True
         if receive.arrived.all():
             self._finish(receive)
         else:
-            receive.uncredited.append(piece.slot)
-            self._credit(receive)
+            receive.uncredited.setdefault(landing.sender, []).append(piece.slot)
+            self._credit(receive, landing.sender)
 
-    def _verified(self, block_ids: list[int], total: int) -> bool:
+    def _verified(self, block_ids: list[int], heads: range, total: int) -> bool:
         """Whether the blocks themselves hold what was sent: read back, so that staging and scatter are covered too."""
         if self._proof is None:
             return True  # asked for by the sender only
-        copy = self._copier.gather(block_ids, self._proof, Ready(self._proof.device))
+        layout = self._copier.layout
+        span = Span(np.array(block_ids, dtype=np.int64), layout.block_size, 0, len(block_ids) * layout.block_size)
+        copy = self._copier.outlet(layout, heads).gather(span, self._proof, Ready(self._proof.device))
         return self._copier.checksum(self._proof[: copy.size]) == total
 
     def _refuse(self, receive: Receive) -> None:
-        """Corrupt: the attempt fails, by the sender's word once it has stopped writing."""
+        """Corrupt: the attempt fails, by the senders' word once they have stopped writing."""
         receive.corrupt = True
         self._report(ReceiveEnded(receive.plan.request_id, receive.transfer_id, self._rank, Corrupt.cause))
-        self._say(receive, Refused(receive.transfer_id, Corrupt.cause))
+        for sender in list(receive.senders):
+            self._say(receive, sender, Refused(receive.transfer_id, Corrupt.cause))
 
     def _meet(self, receive: Receive, agent: bytes) -> None:
         try:
-            receive.sender = self._engine.connect(agent)
-        except TransferError:
-            receive.sender = ""  # it may have died since; the worker process will learn of it
+            receive.senders.add(self._engine.connect(agent))
+        except TransferError as error:  # it may have died since; the worker process will learn of it
+            _log.info("a sender cannot be answered: %s", error)
 
-    def _credit(self, receive: Receive) -> None:
+    def _credit(self, receive: Receive, sender: str) -> None:
         """Give back the slots that are empty again; those of pieces that overtook the first wait for it."""
-        while receive.sender and receive.uncredited:
-            self._say(receive, Credit(receive.transfer_id, receive.uncredited.pop()))
+        slots = receive.uncredited.get(sender, [])
+        while slots and sender in receive.senders:
+            self._say(receive, sender, Credit(receive.transfer_id, slots.pop()))
 
-    def _say(self, receive: Receive, note: Note) -> None:
-        if not receive.sender:
-            return
+    def _say(self, receive: Receive, sender: str, note: Note) -> None:
         try:
-            self._engine.notify(receive.sender, _notes.encode(note))
+            self._engine.notify(sender, _notes.encode(note))
         except TransferError:
-            receive.sender = ""  # the worker process learns of the loss from the unanswered prefill request
+            receive.senders.discard(sender)  # the worker process learns of the loss from the unanswered request
 
     def _finish(self, receive: Receive) -> None:
         """Every block is here, so the sender has nothing left to write."""
@@ -282,7 +324,7 @@ class Receiver:
             ReceiveEnded(
                 receive.plan.request_id, receive.transfer_id, self._rank,
                 bytes=blocks * self._copier.block_bytes, blocks=blocks, pieces=receive.pieces,
-                path=self._engine.path(receive.sender) if receive.sender else "",
+                path=self._engine.path(next(iter(receive.senders))) if receive.senders else "",
                 started_ns=receive.started_ns, ended_ns=time.time_ns(),
             )
         )  # fmt: skip
@@ -300,13 +342,14 @@ class Receiver:
             if not slots:
                 return
             self._waiting.popleft()
-            receive = Receive(plan, plan.transfer_id, slots, np.zeros(len(plan.block_ids), dtype=np.bool_))
+            arrived = np.zeros((len(self._copier.heads), len(plan.block_ids)), dtype=np.bool_)
+            receive = Receive(plan, plan.transfer_id, slots, arrived)
             self._open[receive.transfer_id] = receive
             self._by_request[plan.request_id] = receive.transfer_id
             self._report(
                 ReceiveOpened(
                     plan.request_id, receive.transfer_id, self._rank,
-                    plan.first_block, len(plan.block_ids), self._target(slots),
+                    plan.first_block, plan.tokens, self._target(slots),
                 )
             )  # fmt: skip
 
@@ -331,7 +374,7 @@ class Receiver:
         if closed:
             self._staging.give(*receive.slots)
         else:
-            self._quarantine[receive.transfer_id] = Quarantine(receive.slots, peer)
+            self._quarantine[receive.transfer_id] = Quarantine(receive.slots, receive.closers, peer)
         self._report(ReceiveEnded(receive.plan.request_id, receive.transfer_id, self._rank, cause))
 
     def _forget(self, receive: Receive) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 
 from dynamo_lite.plane.wire import PushTarget
 from workers.connector.first_token import FirstTokens, go_on_with
@@ -23,6 +24,7 @@ from workers.connector.protocol import (
     Skipped,
     StepPlan,
 )
+from workers.transfer.span import Span
 
 if TYPE_CHECKING:  # importing vLLM takes seconds, and its scheduler hands us these anyway
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -38,7 +40,7 @@ class PushProgress:
     target: PushTarget
     prompt_tokens: int
     block_ids: list[int] = field(default_factory=list)
-    handed_over: int = 0  # blocks of the prompt given to the mover
+    handed_over: int = 0  # tokens of the prompt given to the mover
 
 
 class SchedulerSide:
@@ -85,7 +87,8 @@ class SchedulerSide:
             self._first_tokens.expect(params[REQUEST_ID])
         self._plan.receives.append(
             ReceivePlan(
-                request.request_id, params[REQUEST_ID], list(block_ids[first:last]), first, _new_transfer_id(),
+                request.request_id, params[REQUEST_ID], list(block_ids[first:last]), first,
+                request.num_prompt_tokens - first * self._block_size, _new_transfer_id(),
                 first_token=bool(params.get(FIRST)),
             )
         )  # fmt: skip
@@ -114,19 +117,19 @@ class SchedulerSide:
             self._pushes[request.request_id] = PushProgress(request_id, target, request.num_prompt_tokens)
 
     def _step(self, engine_id: str, computed: int) -> None:
-        """Blocks of the prompt that are complete once `computed` tokens are, and are wanted."""
+        """Hand over what fills blocks of the decode worker's once `computed` tokens are there, and is wanted."""
         push = self._pushes[engine_id]
-        done = min(computed, push.prompt_tokens)
-        whole = done == push.prompt_tokens  # then its last, partial block goes too
-        ready = -(-done // self._block_size) if whole else done // self._block_size
-        first = max(push.handed_over, push.target.first_block)
-        if ready > first:
-            self._plan.pushes.append(
-                PushStep(
-                    engine_id, push.request_id, push.target,
-                    push.block_ids[first:ready], first - push.target.first_block,
-                )
-            )  # fmt: skip
+        ready = min(computed, push.prompt_tokens)
+        size = push.target.layout.block_size
+        if ready < push.prompt_tokens:
+            ready -= ready % size  # its last, partial block goes with the prompt's last token
+        start = max(push.handed_over, push.target.first_token)
+        if ready > start:
+            first, skipped = divmod(start, self._block_size)
+            blocks = push.block_ids[first : -(-ready // self._block_size)]
+            span = Span(np.array(blocks, dtype=np.int64), self._block_size, skipped, ready - start)
+            index = (start - push.target.first_token) // size
+            self._plan.pushes.append(PushStep(engine_id, push.request_id, push.target, span, index))
             push.handed_over = ready
 
     # ---- every step ----
@@ -170,7 +173,7 @@ class SchedulerSide:
         push = self._pushes.pop(engine_id, None)
         if push is None or not push.handed_over:
             return False
-        if push.handed_over < push.target.first_block + push.target.num_blocks:
+        if push.handed_over < push.target.first_token + push.target.tokens:
             self._plan.cancelled_pushes.append(engine_id)
         return True
 

@@ -6,6 +6,8 @@ slot that is still quarantined.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from workers.transfer.engine import PeerEngine
@@ -25,6 +27,11 @@ class Staging:
         return len(self._free)
 
     @property
+    def size(self) -> int:
+        """Bytes of all slots."""
+        return self.count * self.slot_bytes
+
+    @property
     def used(self) -> int:
         """Bytes of the slots that are not free."""
         return (self.count - len(self._free)) * self.slot_bytes
@@ -36,9 +43,21 @@ class Staging:
         taken, self._free = self._free[:count], self._free[count:]
         return tuple(taken)
 
+    def run(self, size: int) -> range | None:
+        """As many adjacent slots as hold `size` bytes, or None while there are none such; one slot is usual."""
+        count = -(-size // self.slot_bytes)
+        free = set(self._free)
+        for first in self._free:
+            slots = range(first, first + count)
+            if free.issuperset(slots):
+                self._free = [slot for slot in self._free if slot not in slots]
+                return slots
+        return None
+
     def give(self, *slots: int) -> None:
         self._free.extend(slots)
         assert len(set(self._free)) == len(self._free) <= self.count, "a slot was given back twice"
 
-    def bytes_of(self, slot: int) -> torch.Tensor:
-        return self._memory[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
+    def bytes_of(self, slots: Sequence[int]) -> torch.Tensor:
+        """Of adjacent slots."""
+        return self._memory[slots[0] * self.slot_bytes : (slots[-1] + 1) * self.slot_bytes]

@@ -256,7 +256,7 @@ async def test_prompt_and_snapshot_agree_on_the_blocks(fleet: Fleet, start: Star
 
 async def test_a_duplicate_prefill_is_refused_and_the_first_goes_on(fleet: Fleet, start: StartWorker) -> None:
     record = await start("prefill-0", prefill_ms_per_token=0.5)
-    target = PushTarget(1, record.incarnation, 0, 63, ())
+    target = PushTarget(1, record.incarnation, record.fingerprint.layout, 0, len(PROMPT), ())
     data = encode(PrefillRequest(RequestId("p"), PROMPT, target))
     subject = fleet.subjects.prefill(record.incarnation)
     first = asyncio.get_running_loop().create_task(fleet.bus.request(subject, data, 10))

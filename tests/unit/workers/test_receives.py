@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from dynamo_lite.errors import PrefillFailed
+from dynamo_lite.plane.layout import KvLayout
 from dynamo_lite.plane.wire import Incarnation, PushTarget, RankTarget
 from workers.connector.protocol import (
     NO_STAGING,
@@ -22,6 +23,7 @@ from workers.receives import Receives
 from workers.service import scope
 
 RANKS = 2
+LAYOUT = KvLayout(1, 16, 2, RANKS, 4, 4, "float32", "NHKD", "NHKD")
 
 
 class ScriptedPrefill:
@@ -76,7 +78,7 @@ class Bench:
     def __init__(self, group: asyncio.TaskGroup) -> None:
         self.commands: list[Command] = []
         self.told = asyncio.Event()
-        self.receives = Receives(Incarnation("d"), RANKS, self._command, 0.2, group)
+        self.receives = Receives(Incarnation("d"), LAYOUT, self._command, 0.2, group)
 
     def _command(self, command: Command) -> None:
         self.commands.append(command)
@@ -92,7 +94,7 @@ class Bench:
     def open(self, transfer_id: int = 256) -> None:
         for rank in range(RANKS):
             target = RankTarget(b"md", f"d:{rank}", 0, 0, "DRAM", 100, (rank,))
-            self.receives.handle(ReceiveOpened("r", transfer_id, rank, 3, 7, target))
+            self.receives.handle(ReceiveOpened("r", transfer_id, rank, 3, 100, target))
 
     def arrive(self, transfer_id: int = 256) -> None:
         for rank in range(RANKS):
@@ -112,7 +114,8 @@ async def test_the_first_candidate_is_asked_once_every_rank_has_staging() -> Non
         made.open()
         await remote.called.wait()
         (target,) = remote.targets
-        assert (target.transfer_id, target.first_block, target.num_blocks) == (256, 3, 7)
+        assert (target.transfer_id, target.first_token, target.tokens) == (256, 48, 100)
+        assert (target.first_block, target.num_blocks) == (3, 7)
         assert [rank.agent_name for rank in target.ranks] == ["d:0", "d:1"]
         assert receive.local_blocks == 3
         made.arrive()

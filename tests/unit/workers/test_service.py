@@ -21,5 +21,7 @@ def test_only_prefill_and_decode_workers_meet(one: Role, other: Role, may: bool)
     assert exchanges_kv(record("one", one), record("other", other)) is may
 
 
-def test_workers_whose_kv_differs_do_not_meet() -> None:
-    assert not exchanges_kv(record("one", Role.PREFILL), record("other", Role.DECODE, dtype="float16"))
+def test_workers_whose_kv_can_be_converted_meet_and_others_do_not() -> None:
+    prefill = record("one", Role.PREFILL)
+    assert exchanges_kv(prefill, record("other", Role.DECODE, dtype="float16", block_size=64, tensor_parallel=2))
+    assert not exchanges_kv(prefill, record("other", Role.DECODE, dtype="fp8_e4m3"))

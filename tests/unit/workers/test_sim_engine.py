@@ -12,12 +12,13 @@ from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerEr
 from dynamo_lite.plane.wire import Incarnation, PushTarget, RequestId, Role, Sampling
 from kvbm.events import Tier
 from kvbm.hashing import block_hashes
+from tests.instances import LAYOUT
 from workers.engine import Job, Output, PrefillJob, TransferReport
 from workers.sim_engine import SimEngine
 
 MakeEngine = Callable[..., Awaitable[SimEngine]]
 PROMPT = [10 + i % 400 for i in range(130)]  # 8 blocks and 2 tokens
-TARGET = PushTarget(1, Incarnation("d"), 0, 9, ())
+TARGET = PushTarget(1, Incarnation("d"), LAYOUT, 0, 130, ())
 
 
 def greedy(max_tokens: int = 4) -> Sampling:
@@ -215,7 +216,7 @@ async def test_a_push_has_a_deadline(engine: MakeEngine) -> None:
 
 async def test_a_target_of_another_size_is_refused(engine: MakeEngine) -> None:
     prefill = await engine(Role.PREFILL)
-    target = PushTarget(1, Incarnation("d"), 0, 8, ())
+    target = PushTarget(1, Incarnation("d"), LAYOUT, 0, 128, ())
     with pytest.raises(PrefillFailed) as failure:
         await prefill.prefill(PrefillJob(RequestId("p"), PROMPT, target))
     assert failure.value.cause == "mismatch"

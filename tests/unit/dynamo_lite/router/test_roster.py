@@ -125,3 +125,14 @@ def test_prefill_candidates_are_compatible_and_least_loaded_first(caplog: pytest
     assert said == [
         "decode-0 cannot take KV from prefill-2: the prefill worker stores KV as fp8_e4m3, the decode worker as float32"
     ]
+
+
+def test_prefill_workers_whose_kv_is_converted_on_its_way_are_candidates_like_any_other() -> None:
+    others = [
+        record("prefill-0", Role.PREFILL, tensor_parallel=2),
+        record("prefill-1", Role.PREFILL, block_size=64),
+        record("prefill-2", Role.PREFILL, dtype="bfloat16"),
+        record("prefill-3", Role.PREFILL, keys="HND", values="HND"),
+    ]
+    workers = roster(D0, *others)
+    assert {each.record.name for each in workers.prefillers(instance(workers, D0))} == {each.name for each in others}

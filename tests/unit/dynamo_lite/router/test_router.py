@@ -111,6 +111,13 @@ def test_the_missing_blocks_are_the_prefill_workers_load_until_the_first_token()
     assert (decode.busy_blocks, prefill.busy_blocks) == (0, 0)
 
 
+def test_what_a_prefill_worker_computes_is_counted_in_its_own_blocks() -> None:
+    prefill = record("prefill-0", Role.PREFILL, block_size=64)
+    workers = roster(D[0], prefill)
+    with Router(workers, Weights()).place(PROMPT).booked():
+        assert instance(workers, prefill).load.busy_blocks == 5
+
+
 def test_without_prefill_workers_the_decode_worker_has_the_missing_blocks_as_well() -> None:
     workers = roster(D[0])
     with Router(workers, Weights()).place(PROMPT).booked():

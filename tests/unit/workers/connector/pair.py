@@ -1,4 +1,4 @@
-"""Two movers in one process, over real NIXL agents, each with KV memory of its own."""
+"""Movers of two workers in one process, over real NIXL agents, each with KV memory of its own."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import msgspec
+import numpy as np
 import torch
 
+from dynamo_lite.plane.layout import KvLayout, slot_bytes
 from dynamo_lite.plane.wire import Incarnation, PushTarget
+from tests.unit.workers.transfer.kv import Rank
 from workers.connector.mover import Mover
 from workers.connector.protocol import (
     Alive,
     Holds,
+    Meet,
     Note,
+    Peers,
     Probe,
     PushStep,
     ReceiveOpened,
@@ -30,11 +35,13 @@ from workers.connector.protocol import (
 from workers.connector.settings import MoverSettings
 from workers.transfer.engine import Spans, Target
 from workers.transfer.layout import Planes, planes_of
+from workers.transfer.span import Span
 
 os.environ.setdefault("UCX_RNDV_THRESH", "inf")  # as the supervisor sets it, before UCX starts
 from workers.transfer.fabric import Fabric
 
 BLOCKS, LAYERS = 64, 3
+LAYOUT = KvLayout(LAYERS, 2, 1, 1, 16, 0, "float32", "HND", "HND")  # of `pair`
 WAIT_S = 10.0
 R = TypeVar("R", bound=Report)
 
@@ -100,6 +107,7 @@ def _side(seed: int, staging_blocks: int, timeout_s: float, verify: bool) -> Sid
     generator = torch.Generator().manual_seed(seed)
     caches = {f"layer{i}": torch.randn(BLOCKS, 2, 16, generator=generator) for i in range(LAYERS)}
     planes = planes_of(caches, BLOCKS)
+    assert planes.layout == LAYOUT
     settings = MoverSettings(
         rank=0,
         staging=staging_blocks * planes.block_bytes,
@@ -127,27 +135,88 @@ def pair(staging_blocks: int = 8, timeout_s: float = 5.0, verify: bool = False) 
 def plan_receive(
     receiver: Side, ids: list[int], request_id: str = "r", transfer_id: int = 256, *, first_token: bool = False
 ) -> None:
-    plan = ReceivePlan(f"{request_id}-engine", request_id, ids, 0, transfer_id, first_token=first_token)
+    tokens = len(ids) * receiver.planes.layout.block_size
+    plan = ReceivePlan(f"{request_id}-engine", request_id, ids, 0, tokens, transfer_id, first_token=first_token)
     receiver.mover.plan(StepPlan(receives=[plan]))
 
 
 def target_of(opened: ReceiveOpened) -> PushTarget:
-    return PushTarget(opened.transfer_id, Incarnation("d"), opened.first_block, opened.num_blocks, (opened.target,))
+    return PushTarget(opened.transfer_id, Incarnation("d"), LAYOUT, 0, opened.tokens, (opened.target,))
+
+
+def whole(ids: list[int]) -> Span:
+    """All tokens of these blocks."""
+    return Span(np.array(ids, dtype=np.int64), LAYOUT.block_size, 0, len(ids) * LAYOUT.block_size)
 
 
 def push(sender: Side, target: PushTarget, ids: list[int], first: int = 0, request_id: str = "r") -> None:
-    step = PushStep(f"{request_id}-engine", request_id, target, ids, first)
+    step = PushStep(f"{request_id}-engine", request_id, target, whole(ids), first)
     sender.mover.plan(StepPlan(pushes=[step]))
 
 
 def tell(target: PushTarget, note: Note) -> None:
-    """Notify the receiver of a transfer from an agent of our own, as a sender that is not what it should be."""
-    (rank,) = target.ranks
+    """Notify rank 0 of a transfer's receiver from an agent of our own, as a sender that is not what it should be."""
+    rank = target.ranks[0]
     agent = Fabric(f"{uuid.uuid4().hex}:0")
     peer = agent.connect(rank.agent)
     _, region = agent.allocate(8, torch.device("cpu"))
-    spot = Target(peer, rank.slot_bytes, rank.address + target.ranks[0].slots[-1] * rank.slot_bytes)
+    spot = Target(peer, rank.slot_bytes, rank.address + rank.slots[-1] * rank.slot_bytes)
     agent.write(
         region, Spans.one(0, 8), spot, Spans.one(0, 8), time.monotonic() + WAIT_S, msgspec.msgpack.encode(note)
     ).wait()  # fmt: skip
     agent.close()
+
+
+@dataclass
+class Worker:
+    """All ranks of one worker."""
+
+    layout: KvLayout
+    ranks: list[Rank]
+    sides: list[Side]
+
+    def open(self, ids: list[int], first_block: int, tokens: int, transfer_id: int = 256) -> PushTarget:
+        """Have every rank ready to receive so many tokens into these blocks."""
+        plan = ReceivePlan("r-engine", "r", ids, first_block, tokens, transfer_id)
+        for side in self.sides:
+            side.mover.plan(StepPlan(receives=[plan]))
+        targets = tuple(side.reports.take(ReceiveOpened).target for side in self.sides)
+        first_token = first_block * self.layout.block_size
+        return PushTarget(transfer_id, Incarnation("d"), self.layout, first_token, tokens, targets)
+
+    @property
+    def incarnation(self) -> str:
+        return self.sides[0].name.partition(":")[0]
+
+    def meet(self, other: Worker) -> None:
+        """Each rank of one knows every rank of the other."""
+        for mine, theirs in ((self, other), (other, self)):
+            for side in mine.sides:
+                side.mover.command(Meet(theirs.incarnation, tuple(each.mover.agent for each in theirs.sides)))
+        for side in (*self.sides, *other.sides):
+            while not side.reports.take(Peers).workers.get("met"):
+                pass
+
+    def push(self, steps: list[PushStep]) -> None:
+        for side in self.sides:
+            side.mover.plan(StepPlan(pushes=list(steps)))
+
+
+@contextmanager
+def worker(
+    layout: KvLayout, blocks: int, seed: int = 0, slots: int = 4, timeout_s: float = 5.0, verify: bool = True
+) -> Iterator[Worker]:
+    """A worker of that layout whose blocks are random; its pieces have two blocks."""
+    ranks = [Rank(layout, rank, blocks, seed + rank) for rank in range(layout.tensor_parallel)]
+    piece = 2 * layout.block_bytes
+    incarnation, sides = uuid.uuid4().hex, []
+    for number, rank in enumerate(ranks):
+        size = slots * slot_bytes(layout, piece)
+        settings = MoverSettings(number, size, piece, window=2, timeout_s=timeout_s, verify=verify)
+        reports, name = Reports(), f"{incarnation}:{number}"
+        sides.append(Side(name, Mover(Fabric(name), rank.planes, settings, reports), rank.planes, reports))
+    try:
+        yield Worker(layout, ranks, sides)
+    finally:
+        for side in sides:
+            side.mover.close()

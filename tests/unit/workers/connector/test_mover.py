@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from tests.unit.workers.connector.pair import BLOCKS, WAIT_S, Side, pair, plan_receive, push, target_of, tell
+from tests.unit.workers.connector.pair import BLOCKS, WAIT_S, Side, pair, plan_receive, push, target_of, tell, whole
 from workers.connector.protocol import (
     GiveUp,
     Meet,
@@ -43,6 +43,8 @@ def test_every_block_of_a_prompt_arrives_though_staging_holds_only_a_part(count:
         assert ended.bytes == count * receiver.planes.block_bytes
         assert same(sender, taken, receiver, placed)
         assert sender.reports.take(PushEnded).cause == ""
+        receiver.mover.wait(5)
+        sender.mover.wait(5)
         assert receiver.mover.ended(set()).received == {"r-engine"}
         assert sender.mover.ended({"r-engine"}).sent == {"r-engine"}
 
@@ -261,7 +263,7 @@ def test_a_prefill_asked_for_twice_frees_the_blocks_of_both() -> None:
         plan_receive(receiver, [5])
         target = target_of(receiver.reports.take(ReceiveOpened))
         push(sender, target, [1])
-        sender.mover.plan(StepPlan(pushes=[PushStep("twin", "r", target, [2], 0)]))
+        sender.mover.plan(StepPlan(pushes=[PushStep("twin", "r", target, whole([2]), 0)]))
         sender.reports.take(PushEnded)
         sent = sender.mover.ended({"r-engine", "twin"}).sent
         while len(sent) < 2:
@@ -276,7 +278,7 @@ def test_a_piece_with_another_checksum_is_refused_and_its_slots_wait_for_the_sen
         plan_receive(receiver, [10, 11, 12, 13])
         target = target_of(receiver.reports.take(ReceiveOpened))
         push(sender, target, [1, 2], first=0)  # the transfer stays open: two blocks are still to come
-        tell(target, Piece(target.transfer_id, target.ranks[0].slots[-1], 2, 2, checksum=1))
+        tell(target, Piece(target.transfer_id, target.ranks[0].slots[-1], 2, 2, 0, 1, checksum=1))
         assert receiver.reports.take(ReceiveEnded).cause == "corrupt"
         assert sender.reports.take(PushEnded).cause == "corrupt"
         receiver.mover.command(Reopen("r", target.transfer_id))
