@@ -174,6 +174,19 @@ def test_slots_stay_in_quarantine_until_every_rank_that_may_write_has_closed() -
         assert receiver.held("quarantine") == 0
 
 
+def test_a_sender_that_has_closed_stays_so_whatever_the_worker_process_knows_of_it() -> None:
+    with worker(plain(4, 1, 1), 8, 50) as receivers:
+        (receiver,) = receivers.sides
+        target = receivers.open([3, 4], 0, 8)
+        tell(target, Closed(target.transfer_id, "cancelled", ranks=1))
+        receiver.look()
+        receiver.mover.command(Settle(target.transfer_id, "silent", closed=False))
+        receiver.mover.command(GiveUp("r", target.transfer_id))
+        assert receiver.reports.take(ReceiveEnded).cause == "given up"
+        receiver.look()
+        assert receiver.holding("quarantine") == 0
+
+
 def test_every_rank_of_a_worker_that_came_back_can_be_reached_again() -> None:
     prefill, decode = plain(4, 2, 1), plain(4, 2, 2)
     with worker(prefill, 8, 1) as senders, worker(decode, 8, 50) as receivers:
