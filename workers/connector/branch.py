@@ -159,9 +159,8 @@ class Carrier:
             self._carry(branch, begun)
             moved = True
         if moved or (branch.queue and branch.free_slots and not branch.flights):
-            branch.waiting_since = (
-                time.monotonic()
-            )  # else it waits for our own staging or the GPU, not for the receiver
+            # In the latter case it waits for our own staging or the GPU, not for the receiver.
+            branch.waiting_since = time.monotonic()
         elif (branch.queue or branch.flights) and time.monotonic() - branch.waiting_since > self._timeout_s:
             raise ReceiverSilent(f"{branch.target.where} has emptied no slot for {self._timeout_s:g} s")
         return moved
