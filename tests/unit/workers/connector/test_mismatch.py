@@ -84,7 +84,7 @@ def test_every_byte_arrives_where_it_belongs_whatever_the_two_layouts(
     shape = (prefill.layers, 2, own_blocks * prefill.block_size, prefill.kv_heads, prefill.key_size)
     prompt = torch.randint(0, 200, shape, generator=generator).float()
 
-    with worker(prefill, BLOCKS, 1) as senders, worker(decode, BLOCKS, 50) as receivers:
+    with worker(prefill, BLOCKS, 1, slots=16) as senders, worker(decode, BLOCKS, 50) as receivers:
         for rank in senders.ranks:
             rank.write(taken, prompt)
         before = [rank.logical() for rank in receivers.ranks]
