@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=["ours", "safety", "stock"])
     parser.add_argument("--quick", action="store_true", help="few rounds of the shorter prompts")
-    parser.add_argument("--mps", action="store_true", help="share the GPU by NVIDIA's MPS, but for the safety stage")
+    parser.add_argument("--mps", action="store_true", help="share the GPU by NVIDIA's MPS in our timings")
     parser.add_argument("--logs", type=Path, help="keep the deployment's folder here")
     chosen = parser.parse_args()
     results: dict[str, Any] = {"machine": machine()}
@@ -60,7 +60,7 @@ def main() -> None:
         }
         for name in chosen.only:
             try:
-                with sharing(folder / "mps", chosen.mps and name != "safety"):
+                with sharing(folder / "mps", chosen.mps and name == "ours"):
                     results[name] = stages[name]()
             except Exception:  # the other stages' results are worth keeping
                 results[name] = {"failed": traceback.format_exc()}

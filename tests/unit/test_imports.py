@@ -55,8 +55,9 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "cloudpickle": (),
 }
 
-# An engine is started and closed by two calls, with no task group around them: `close` awaits its task.
-OWNS_A_TASK = ("workers.sim_engine",)
+# An engine is started and closed by two calls, with no task group around them: `close` awaits its task. An async
+# generator cannot have a group around its yields: it ends its task itself.
+OWNS_A_TASK = ("workers.sim_engine", "workers.first_token")
 
 BANNED_NAMES = ("utils", "helpers", "common")
 

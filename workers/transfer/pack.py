@@ -111,10 +111,9 @@ class Copier:
 
     def warm(self) -> None:
         """Have the kernels compiled now, rather than in the first transfer; block 0 keeps its content."""
-        if self._stream is not None:
-            piece = torch.empty(self.block_bytes, dtype=torch.uint8, device=self._device)
-            self.gather([0], piece, Ready(self._device))
-            self.scatter([0], piece).wait()
+        piece = torch.empty(self.block_bytes, dtype=torch.uint8, device=self._device)
+        self.gather([0], piece, Ready(self._device))
+        self.scatter([0], piece).wait()
 
     def index(self, block_ids: Sequence[int] | BlockIds) -> torch.Tensor:
         """On the device, as of the current stream: from pageable memory CUDA takes a copy before this returns."""
