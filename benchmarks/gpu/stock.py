@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import signal
 import statistics
 import time
 from multiprocessing.connection import Connection
@@ -19,6 +20,7 @@ REQUEST_S = 60.0
 
 def engine(role: str, model: str, port: int, pipe: Connection) -> None:
     """A process: serves `(token_ids, new tokens, kv_transfer_params)` with `(seconds, tokens, params)`."""
+    os.setpgrp()  # vLLM's own processes do not end with this one: all of them are killed as a group
     os.environ |= {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(port), "UCX_RNDV_THRESH": "inf"}
     from vllm import LLM, SamplingParams  # noqa: PLC0415  # after the environment
     from vllm.config import KVTransferConfig  # noqa: PLC0415
@@ -31,15 +33,14 @@ def engine(role: str, model: str, port: int, pipe: Connection) -> None:
         kv_transfer_config=KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both"),
     )  # fmt: skip
     pipe.send("ready")
-    while (job := pipe.recv()) is not None:
-        token_ids, new_tokens, params = job
+    while True:
+        token_ids, new_tokens, params = pipe.recv()
         sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
         if params:
             sampling.extra_args = {"kv_transfer_params": params}
         started = time.perf_counter()
         (answer,) = llm.generate({"prompt_token_ids": token_ids}, sampling, use_tqdm=False)
         pipe.send((time.perf_counter() - started, list(answer.outputs[0].token_ids), answer.kv_transfer_params))
-    os._exit(0)  # its engine would otherwise wait for connections that nobody closes
 
 
 class Engine:
@@ -61,9 +62,9 @@ class Engine:
         return self.take(REQUEST_S)
 
     def close(self) -> None:
-        self._pipe.send(None)
+        if self._process.pid is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)  # asked nicely, it waits for connections that nobody closes
         self._process.join(10)
-        self._process.kill()
 
 
 def main(folder: Path, quick: bool) -> dict[str, Any]:
