@@ -280,11 +280,11 @@ class Mover:
                 for sender in senders if not command.closed else ():
                     self._refuse(sender, command.transfer_id)
             case PeerGone():
-                self._receiver.peer_gone(command.incarnation)
+                self._receiver.quarantine.peer_gone(command.incarnation)
                 self._sender.gone(command.incarnation)
                 self._contacts.forget(command.incarnation)
             case Meet():
-                self._receiver.peer_back(command.incarnation)
+                self._receiver.quarantine.peer_back(command.incarnation)
                 self._contacts.meet(command.incarnation, command.agents)
             case StopPush():
                 self._sender.stop(command.request_id)

@@ -2,14 +2,14 @@
 
 A receive waits for staging → is opened (the worker process is told, and asks a prefill worker) → collects pieces →
 ends. Several ranks of the prefill worker may fill it at once, each with its heads in its share of every slot. One that
-ends early leaves its slots in quarantine until every one of those ranks has closed it or is known to be gone.
+ends early leaves its slots in quarantine.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -32,6 +32,7 @@ from workers.connector.protocol import (
     Refused,
     Report,
 )
+from workers.connector.quarantine import Quarantine
 from workers.connector.settings import MoverSettings
 from workers.connector.staging import Staging
 from workers.errors import Corrupt, TransferError
@@ -41,7 +42,6 @@ from workers.transfer.ready import Ready
 from workers.transfer.span import Span
 
 _log = logging.getLogger(__name__)
-_GONE_KEPT = 1024
 _STAGING_PATIENCE = 10  # times the transfer's timeout: longer than a quarantine lasts whose owner is really gone
 _notes = msgspec.msgpack.Encoder()
 
@@ -73,15 +73,6 @@ class Receive:
     started_ns: int = 0
 
 
-@dataclass(slots=True)
-class Quarantine:
-    """Slots of a transfer that ended early; someone may still write to them."""
-
-    slots: tuple[int, ...]
-    closers: set[str]  # agents that no longer do
-    peer: str = ""  # incarnation of the sender, once known
-
-
 class Receiver:
     """Used by the mover's thread alone."""
 
@@ -96,8 +87,7 @@ class Receiver:
         self._waiting: deque[tuple[ReceivePlan, float]] = deque()  # with the time at which it is handed back
         self._open: dict[int, Receive] = {}  # by transfer id
         self._by_request: dict[str, int] = {}
-        self._quarantine: dict[int, Quarantine] = {}
-        self._gone: OrderedDict[str, None] = OrderedDict()  # incarnations, the latest ones
+        self.quarantine = Quarantine(staging)
         self._settled: dict[int, tuple[str, bool]] = {}  # said before the transfer ended here
         self._untold: set[str] = set()  # request ids whose first token may still come
         self._over: dict[str, tuple[ReceivePlan, bool]] = {}  # of these, receives that have ended; and whether well
@@ -115,7 +105,9 @@ class Receiver:
         self._open_waiting()
 
     def expire(self) -> None:
-        """Hand back what has waited too long for staging: the decode worker computes it."""
+        """Hand back what has waited too long for staging: the decode worker computes it. See to the quarantine."""
+        if self.quarantine.progress():
+            self._open_waiting()
         if not self._waiting:
             return
         now = time.monotonic()
@@ -174,48 +166,26 @@ class Receiver:
         self.received.add(plan.engine_id)
 
     def settle(self, transfer_id: int, peer: str, closed: bool) -> None:
-        closed = closed or peer in self._gone or self._settled.get(transfer_id, ("", False))[1]
-        quarantine = self._quarantine.get(transfer_id)
-        if quarantine is None:
-            if transfer_id in self._open:
-                self._settled[transfer_id] = (peer, closed)
-        elif closed:
-            self._close(transfer_id)
+        closed = closed or self.quarantine.gone(peer) or self._settled.get(transfer_id, ("", False))[1]
+        if transfer_id in self._open:
+            self._settled[transfer_id] = (peer, closed)
         else:
-            quarantine.peer = peer
+            self.quarantine.settle(transfer_id, peer, closed)
 
     def closed(self, sender: str, note: Closed) -> None:
         """One rank of the sender writes nothing more under this id; it takes the word of all of them."""
-        found = self._open.get(note.transfer_id) or self._quarantine.get(note.transfer_id)
-        if found is not None:
-            found.closers.add(sender)
-            if len(found.closers) >= note.ranks:
-                self._close(note.transfer_id)
+        receive = self._open.get(note.transfer_id)
+        if receive is None:
+            self.quarantine.closed(note.transfer_id, sender, note.ranks)
+            return
+        receive.closers.add(sender)
+        if len(receive.closers) >= note.ranks:
+            self._settled[note.transfer_id] = ("", True)
 
     def senders(self, transfer_id: int) -> set[str]:
         """Agents that have sent pieces of a transfer that is open."""
         receive = self._open.get(transfer_id)
         return set(receive.senders) if receive is not None else set()
-
-    def _close(self, transfer_id: int) -> None:
-        """Nobody writes anything more under this id."""
-        if transfer_id in self._open:
-            self._settled[transfer_id] = ("", True)
-        quarantine = self._quarantine.pop(transfer_id, None)
-        if quarantine is not None:
-            self._staging.give(*quarantine.slots)
-            self._open_waiting()
-
-    def peer_back(self, incarnation: str) -> None:
-        """It had only lost its lease."""
-        self._gone.pop(incarnation, None)
-
-    def peer_gone(self, incarnation: str) -> None:
-        self._gone[incarnation] = None  # it may be asked once more before everybody knows
-        if len(self._gone) > _GONE_KEPT:
-            self._gone.popitem(last=False)
-        for transfer_id in [key for key, value in self._quarantine.items() if value.peer == incarnation]:
-            self._close(transfer_id)
 
     # ---- pieces ----
 
@@ -366,15 +336,12 @@ class Receiver:
         )
 
     def _end(self, receive: Receive, cause: str) -> None:
-        """End an attempt early: its slots go into quarantine, unless its sender is known to have closed it."""
+        """End an attempt early: its slots go into quarantine, where they stay if its sender may still write."""
         for landing in receive.landings:
             landing.copy.wait()  # vLLM may use the blocks for something else as soon as it is told
         peer, closed = self._settled.get(receive.transfer_id, ("", False))
         self._forget(receive)
-        if closed:
-            self._staging.give(*receive.slots)
-        else:
-            self._quarantine[receive.transfer_id] = Quarantine(receive.slots, receive.closers, peer)
+        self.quarantine.put(receive.transfer_id, receive.slots, receive.closers, peer, closed)
         self._report(ReceiveEnded(receive.plan.request_id, receive.transfer_id, self._rank, cause))
 
     def _forget(self, receive: Receive) -> None:
@@ -396,7 +363,7 @@ class Receiver:
 
     @property
     def active(self) -> bool:
-        return bool(self._waiting or self._open or self._quarantine)
+        return bool(self._waiting or self._open or self.quarantine.slots)
 
     def holds(self) -> dict[str, int]:
         """Blocks waiting for their content, and staging slots in quarantine."""
@@ -404,12 +371,11 @@ class Receiver:
         return {
             "receive": waiting + sum(len(one.plan.block_ids) for one in self._open.values()),
             "first_token": sum(len(plan.block_ids) for plan, _ in self._over.values()),
-            "quarantine": sum(len(one.slots) for one in self._quarantine.values()),
+            "quarantine": self.quarantine.slots,
         }
 
     def check(self) -> None:
         """Every slot is free, granted or quarantined, exactly once."""
         granted = sum(len(one.slots) for one in self._open.values())
-        quarantined = sum(len(one.slots) for one in self._quarantine.values())
-        assert self._staging.free + granted + quarantined == self._staging.count
+        assert self._staging.free + granted + self.quarantine.slots == self._staging.count
         assert set(self._by_request.values()) == set(self._open)
