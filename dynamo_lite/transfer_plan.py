@@ -29,8 +29,9 @@ _GPU_TRANSPORTS: Mapping[Transport, tuple[str, ...]] = {
     "tcp": ("cuda_copy",),
     "cuda_ipc": ("cuda_copy", "cuda_ipc"),
 }
-# Bytes a system call moves over TCP. With UCX's 8 and 64 KiB writes were at 0.6 of a plain socket's speed.
-_TCP_SETTINGS = {"UCX_TCP_TX_SEG_SIZE": "256k", "UCX_TCP_RX_SEG_SIZE": "256k"}
+# Bytes a system call moves over TCP: with UCX's 8 and 64 KiB writes were at 0.6 of a plain socket's speed. Connecting
+# to a host that is cut off must not keep everybody else waiting, which takes UCX up to two minutes.
+_TCP_SETTINGS = {"UCX_TCP_TX_SEG_SIZE": "256k", "UCX_TCP_RX_SEG_SIZE": "256k", "UCX_TCP_CONN_NB": "y"}
 _ONE_HOST = ("shm", "cuda_ipc")
 _WORDS: Mapping[Path, str] = {"shm": "shared memory", "cuda_ipc": "CUDA IPC", "tcp": "TCP"}
 
@@ -60,7 +61,7 @@ class TransferPlan:
         """What UCX is told unless the user's own environment says otherwise."""
         transfer = self.config.kv_transfer
         # Without it same-host transfers between host memories fall from zero-copy to TCP emulation.
-        settings = {"UCX_RNDV_THRESH": "inf", **_TCP_SETTINGS}
+        settings = {"UCX_RNDV_THRESH": "inf", **_TCP_SETTINGS, **self._patience()}
         if self._transport != "auto":
             gpu = _GPU_TRANSPORTS.get(self._transport, ()) if device == "cuda" else ()
             settings["UCX_TLS"] = ",".join((*_TRANSPORTS[self._transport], *gpu, "self"))
@@ -78,6 +79,16 @@ class TransferPlan:
             if transfer.traffic_class is not None:
                 settings["UCX_IB_TRAFFIC_CLASS"] = str(transfer.traffic_class)
         return settings
+
+    def _patience(self) -> dict[str, str]:
+        """How long a TCP connection may be silent: UCX gives an idle one 10 s, one with bytes under way 15 minutes."""
+        silence_ms = self.config.kv_transfer.timeout_ms
+        probes = f"{max(1, round(silence_ms / 1000))}s"  # the kernel counts in seconds
+        return {
+            "UCX_TCP_USER_TIMEOUT": f"{silence_ms}ms",
+            "UCX_TCP_KEEPIDLE": probes,
+            "UCX_TCP_KEEPINTVL": probes,
+        }
 
     def ways(self, device: Device) -> str:
         """How KV gets from one worker to another, for people."""

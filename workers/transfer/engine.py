@@ -149,10 +149,23 @@ class PeerEngine(TransferEngine, Protocol):
         ...
 
     def connect(self, metadata: bytes) -> str:
-        """Make a peer known; returns its agent name. Idempotent. Raises TransferError, StaleIncarnation."""
+        """Make a peer known; returns its agent name. Idempotent; makes another connection where the last one broke.
+
+        Raises TransferError, StaleIncarnation.
+        """
         ...
 
-    def disconnect(self, peer: str) -> None: ...
+    def renew(self, peer: str) -> None:
+        """Make another connection to a peer that does not answer."""
+        ...
+
+    def lost(self) -> list[str]:
+        """Peers whose connection was found to be broken since the last call: `connect` makes another."""
+        ...
+
+    def disconnect(self, peer: str) -> None:
+        """Forget a peer. Transfers to it end, with PeerLost."""
+        ...
 
     def path(self, peer: str) -> Path:
         """How bytes travel to a connected peer."""

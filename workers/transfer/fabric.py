@@ -16,7 +16,7 @@ import torch
 
 from dynamo_lite.rdma import RdmaPort
 from dynamo_lite.transports import Path, Transport, path_between
-from workers.errors import Mismatch, TransferError
+from workers.errors import Mismatch, PeerLost, StaleIncarnation, TransferError
 from workers.transfer.cuda_ipc import CudaBytes, open_cuda, share_cuda
 from workers.transfer.engine import Memory, Notification, Region, Spans, Target, Transfer
 from workers.transfer.near import NearNotes
@@ -41,7 +41,7 @@ class Card(msgspec.Struct, frozen=True, array_like=True):
 class Peer:
     """A connected agent, and what of its memory is mapped here."""
 
-    name: str
+    card: Card
     same_host: bool
     near: bool  # told things without NIXL
     windows: tuple[Window, ...]
@@ -82,6 +82,8 @@ class Fabric:
         self._cuda: list[CudaBytes] = []
         self._device = torch.device("cpu")
         self._peers: dict[str, Peer] = {}
+        self._broken: set[str] = set()  # near peers that cannot be told anything any more
+        self._news: set[str] = set()  # of these, the ones that nobody has asked for
         self._cards: dict[bytes, str] = {}
 
     # ---- own memory ----
@@ -117,6 +119,8 @@ class Fabric:
     def connect(self, metadata: bytes) -> str:
         known = self._cards.get(metadata)
         if known is not None:
+            if known in self._broken or not self._agent.connected(known):
+                self._again(known)
             return known
         try:
             card = msgspec.msgpack.decode(metadata, type=Card)
@@ -125,12 +129,35 @@ class Fabric:
         same_host = card.host == host_id()
         if self._transport in ("shm", "cuda_ipc") and not same_host:
             raise Mismatch(f"kv_transfer.transport is {self._transport}, but {card.name} is on another host")
+        if card.name in self._peers:
+            raise StaleIncarnation(f"{card.name} is connected, and this is another agent of that name")
         near = same_host and self._transport in _NEAR and self._near.connect(card.name, card.notes)
         windows = self._open(card) if near else ()
         self._agent.add(card.agent)
-        self._peers[card.name] = Peer(card.name, same_host, near, windows)
+        self._peers[card.name] = Peer(card, same_host, near, windows)
         self._cards[metadata] = card.name
         return card.name
+
+    def renew(self, peer: str) -> None:
+        """Make another connection to a peer that does not answer, unless a transfer still uses this one."""
+        if not self._agent.busy(peer):
+            self._again(peer)
+
+    def _again(self, name: str) -> None:
+        """Raises TransferError, and may be tried again. Memory that was mapped stays so: it is that same process's."""
+        peer = self._peers[name]
+        self._agent.remove(name)
+        if peer.near and not self._near.connect(name, peer.card.notes):
+            self._broken.add(name)
+            raise PeerLost(f"{name} listens no more")
+        self._broken.discard(name)
+        self._agent.add(peer.card.agent)
+
+    def lost(self) -> list[str]:
+        found = {*self._agent.broken, *self._news}
+        self._agent.broken.clear()
+        self._news.clear()
+        return [peer for peer in found if peer in self._peers]
 
     def _open(self, card: Card) -> tuple[Window, ...]:
         """What of a peer's memory can be addressed from here, and may be."""
@@ -145,6 +172,7 @@ class Fabric:
         known = self._peers.pop(peer, None)
         if known is not None:
             self._near.disconnect(peer)
+            self._broken.discard(peer)
             for window in known.windows:
                 window.close()
             self._cards = {key: name for key, name in self._cards.items() if name != peer}
@@ -170,7 +198,7 @@ class Fabric:
         if peer is None or not peer.near:
             return self._agent.start("WRITE", region, here, target, there, deadline, notify)
         write = self._agent.start("WRITE", region, here, target, there, deadline, b"")
-        return _ThenTold(write, deadline, partial(self._near.send, peer.name, notify)) if notify else write
+        return _ThenTold(write, deadline, partial(self._tell_near, target.where, notify)) if notify else write
 
     def read(self, region: Region, here: Spans, target: Target, there: Spans, deadline: float) -> Transfer:
         """Prefer `write` from the other side: see `workers.transfer.nixl`."""
@@ -179,9 +207,19 @@ class Fabric:
     def notify(self, peer: str, payload: bytes) -> None:
         known = self._peers.get(peer)
         if known is not None and known.near:
-            self._near.send(peer, payload)
+            self._tell_near(peer, payload)
         else:
             self._agent.notify(peer, payload)
+
+    def _tell_near(self, peer: str, payload: bytes) -> None:
+        if peer in self._broken:
+            raise PeerLost(f"{peer} listens no more")
+        try:
+            self._near.send(peer, payload)
+        except PeerLost:
+            self._broken.add(peer)
+            self._news.add(peer)
+            raise
 
     def notifications(self) -> list[Notification]:
         return self._near.receive() + self._agent.notifications()

@@ -59,8 +59,11 @@ class NearNotes:
 
     def send(self, peer: str, payload: bytes) -> None:
         """To a connected agent. Never waits: raises PeerLost when it has ended, TransferError when it does not read."""
+        sock = self._outgoing.get(peer)
+        if sock is None:
+            raise PeerLost(f"{peer} is not connected")
         try:
-            self._outgoing[peer].send(payload, socket.MSG_NOSIGNAL)
+            sock.send(payload, socket.MSG_NOSIGNAL)
         except BlockingIOError as error:
             raise TransferError(f"{peer} reads no notifications") from error
         except OSError as error:

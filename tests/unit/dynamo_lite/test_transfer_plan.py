@@ -8,7 +8,15 @@ from dynamo_lite.config import Config
 from dynamo_lite.rdma import RdmaPort
 from dynamo_lite.transfer_plan import Device, TransferPlan
 
-ALWAYS = {"UCX_RNDV_THRESH": "inf", "UCX_TCP_TX_SEG_SIZE": "256k", "UCX_TCP_RX_SEG_SIZE": "256k"}
+ALWAYS = {
+    "UCX_RNDV_THRESH": "inf",
+    "UCX_TCP_TX_SEG_SIZE": "256k",
+    "UCX_TCP_RX_SEG_SIZE": "256k",
+    "UCX_TCP_CONN_NB": "y",
+    "UCX_TCP_USER_TIMEOUT": "2000ms",
+    "UCX_TCP_KEEPIDLE": "2s",
+    "UCX_TCP_KEEPINTVL": "2s",
+}
 INFINIBAND = RdmaPort("mlx5_0", 1, "InfiniBand", "ACTIVE")
 ROCE = RdmaPort("mlx5_1", 1, "Ethernet", "ACTIVE")
 DOWN = RdmaPort("mlx5_2", 1, "InfiniBand", "DOWN")
@@ -27,6 +35,12 @@ def problems(made: TransferPlan, device: Device = "cuda") -> list[tuple[str, str
 def test_left_alone_ucx_chooses_and_stays_on_loopback_where_all_workers_are_on_this_host() -> None:
     assert plan().environment("cpu") == {**ALWAYS, "UCX_NET_DEVICES": "lo"}
     assert plan(spread=True).environment("cpu") == ALWAYS
+
+
+def test_a_tcp_connection_may_be_silent_for_as_long_as_a_transfer() -> None:
+    found = plan(timeout_ms=300).environment("cpu")
+    assert found["UCX_TCP_USER_TIMEOUT"] == "300ms"
+    assert found["UCX_TCP_KEEPIDLE"] == "1s", "the kernel counts in seconds"
 
 
 def test_the_rdma_device_becomes_a_ucx_port() -> None:

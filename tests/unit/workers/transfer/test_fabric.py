@@ -15,7 +15,7 @@ import torch
 
 os.environ.setdefault("UCX_RNDV_THRESH", "inf")  # as the supervisor sets it, before UCX starts
 from dynamo_lite.transports import Path, Transport
-from workers.errors import Mismatch, PeerLost, TransferError, TransferTimeout
+from workers.errors import Mismatch, PeerLost, StaleIncarnation, TransferError, TransferTimeout
 from workers.transfer.engine import Region, Spans, Target, Transfer
 from workers.transfer.fabric import Card, Fabric
 
@@ -144,3 +144,13 @@ def test_a_worker_on_another_host_cannot_be_reached_by_shared_memory() -> None:
         one.fabric.connect(elsewhere)
     one.fabric.close()
     two.fabric.close()
+
+
+def test_another_agent_of_a_connected_ones_name_is_refused_until_that_one_is_gone(sides: tuple[Side, Side]) -> None:
+    one, _ = sides
+    impostor = Side.make("two", "tcp")
+    with pytest.raises(StaleIncarnation, match="another agent of that name"):
+        one.fabric.connect(impostor.fabric.metadata())
+    one.fabric.disconnect("two")
+    assert one.fabric.connect(impostor.fabric.metadata()) == "two"
+    impostor.fabric.close()

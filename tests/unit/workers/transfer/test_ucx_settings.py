@@ -30,6 +30,7 @@ def test_an_agent_comes_up_with_what_the_transport_allows(transport: str) -> Non
     started = agent(transport)
     assert started.returncode == 0, started.stderr
     assert int(started.stdout.split()[-1]) > 0
+    assert "unused environment variable" not in started.stdout + started.stderr, "UCX knows all of them"
 
 
 @pytest.mark.skipif(os.path.exists("/sys/class/infiniband/mlx5_0"), reason="the port that is not there is")
