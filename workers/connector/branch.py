@@ -17,6 +17,7 @@ import torch
 
 from dynamo_lite.plane.layout import KvLayout, share
 from dynamo_lite.plane.wire import RankTarget
+from workers.connector.contacts import Contacts
 from workers.connector.protocol import Closed, Piece
 from workers.connector.settings import MoverSettings
 from workers.connector.staging import Staging
@@ -120,10 +121,11 @@ class Branch:
 class Carrier:
     """Moves branches on. Used by the mover's thread alone."""
 
-    def __init__(self, engine: PeerEngine, staging: Staging, copier: Copier, settings: MoverSettings) -> None:
-        self._engine, self._staging, self._copier = engine, staging, copier
+    def __init__(
+        self, engine: PeerEngine, contacts: Contacts, staging: Staging, copier: Copier, settings: MoverSettings
+    ) -> None:
+        self._engine, self._contacts, self._staging, self._copier = engine, contacts, staging, copier
         self._timeout_s, self._verify = settings.timeout_s, settings.verify
-        self._known: set[str] = set()  # agents that were connected for a branch
         self.fence = 0.0  # nothing is written after this time: the mover moves it on while it runs
 
     def open(
@@ -134,8 +136,7 @@ class Carrier:
         mine = share(layout, rank, heads, target.slot_bytes)
         if len(mine) < outlet.block_bytes or self._staging.size < outlet.block_bytes:
             raise Mismatch("one block of the receiver's does not fit into the staging of both sides")
-        peer = self._engine.connect(target.agent)
-        self._known.add(peer)
+        peer = self._contacts.reach(target)
         return Branch(
             transfer_id,
             Target(
@@ -152,13 +153,14 @@ class Carrier:
         moved = False
         for flight in list(branch.flights):
             moved |= self._carry(branch, flight)
-        while branch.queue and branch.free_slots and branch.queue[0][2].passed:
+        met = self._contacts.met(branch.target.where)
+        while met and branch.queue and branch.free_slots and branch.queue[0][2].passed:
             begun = self._gather(branch)
             if begun is None:
                 break
             self._carry(branch, begun)
             moved = True
-        if moved or (branch.queue and branch.free_slots and not branch.flights):
+        if moved or (met and branch.queue and branch.free_slots and not branch.flights):
             # In the latter case it waits for our own staging or the GPU, not for the receiver.
             branch.waiting_since = time.monotonic()
         elif (branch.queue or branch.flights) and time.monotonic() - branch.waiting_since > self._timeout_s:
@@ -252,14 +254,4 @@ class Carrier:
             ranks = self._copier.layout.tensor_parallel
             self._engine.notify(peer, _notes.encode(Closed(transfer_id, cause, ranks)))
         except TransferError:
-            return  # the receiver is gone, and with it what it would have done with this
-
-    def lost(self, peer: str) -> None:
-        """End the connection, or the next branch would meet it broken again."""
-        self._known.discard(peer)
-        self._engine.disconnect(peer)
-
-    def gone(self, incarnation: str) -> None:
-        """A worker's process no longer exists: none of its ranks does."""
-        for peer in [peer for peer in self._known if peer.startswith(f"{incarnation}:")]:
-            self.lost(peer)
+            return  # a receiver that is not gone asks again

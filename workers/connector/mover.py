@@ -21,7 +21,6 @@ from dynamo_lite.plane.layout import slot_bytes
 from dynamo_lite.processes import wake_precisely
 from workers.connector.contacts import Contacts
 from workers.connector.protocol import (
-    UNWANTED,
     Alive,
     Closed,
     Command,
@@ -54,7 +53,6 @@ from workers.transfer.pack import Copier
 from workers.transfer.ready import Ready, ReadyWatch
 
 _log = logging.getLogger(__name__)
-_encode = msgspec.msgpack.Encoder().encode
 _POLL_MOVING_S = 0.00002
 _POLL_WAITING_S = 0.001
 _POLL_DEADLINES_S = 0.05  # nothing has to be polled for: whatever happens wakes us
@@ -93,9 +91,9 @@ class Mover:
         outgoing = Staging(engine, settings.staging, size, planes.device)
         incoming = Staging(engine, settings.staging, size, planes.device)
         self._stagings = (outgoing, incoming)
-        self._sender = Sender(engine, outgoing, copier, settings, report)
-        self._receiver = Receiver(engine, incoming, copier, settings, report)
         self._contacts = Contacts(engine, settings.rank, settings.timeout_s, report)
+        self._sender = Sender(engine, self._contacts, outgoing, copier, settings, report)
+        self._receiver = Receiver(engine, self._contacts, incoming, copier, settings, report)
         self.agent = engine.metadata()  # for other workers; here, before the thread owns the engine
         self._notes = msgspec.msgpack.Decoder(Note)
         self._todo: deque[Callable[[], None]] = deque()
@@ -212,7 +210,7 @@ class Mover:
         polled = self._engine.polled
         if self._sender.active or self._receiver.active or self._contacts.active or (polled and quiet_s < _LINGER_S):
             return _POLL_MOVING_S if quiet_s < _MOVING_S else _POLL_WAITING_S if polled else _POLL_DEADLINES_S
-        return None
+        return self._contacts.idle_s
 
     def _poll(self) -> None:
         for note in self._notifications():
@@ -222,6 +220,9 @@ class Mover:
             self._moved = time.monotonic()
         self._receiver.expire()
         self._contacts.progress()
+        for peer in self._engine.lost():
+            self._sender.lost(peer)
+            self._contacts.lost(peer)
         if self._sender.fresh or self._receiver.received:
             with self._ended_lock:
                 self._sent.update(self._sender.fresh)
@@ -275,10 +276,7 @@ class Mover:
             case FirstToken():
                 self._receiver.first_token(command.request_id)
             case Settle():
-                senders = self._receiver.senders(command.transfer_id) | self._contacts.agents(command.peer)
                 self._receiver.settle(command.transfer_id, command.peer, command.closed)
-                for sender in senders if not command.closed else ():
-                    self._refuse(sender, command.transfer_id)
             case PeerGone():
                 self._receiver.quarantine.peer_gone(command.incarnation)
                 self._sender.gone(command.incarnation)
@@ -290,13 +288,6 @@ class Mover:
                 self._sender.stop(command.request_id)
             case Probe():
                 self._report(Alive(self._settings.rank))
-
-    def _refuse(self, peer: str, transfer_id: int) -> None:
-        """Ask one rank of a sender that fell silent to say, once it can, that it writes nothing more."""
-        try:
-            self._engine.notify(peer, _encode(Refused(transfer_id, UNWANTED)))
-        except TransferError as error:
-            _log.info("%s cannot be asked to end transfer %d: %s", peer, transfer_id, error)
 
     def _tell_holds(self) -> None:
         staged = sum(staging.used for staging in self._stagings)

@@ -226,6 +226,8 @@ class Greeting(msgspec.Struct, frozen=True, tag="greeting", array_like=True):
     """First contact: what an agent sends, and how the other answers it."""
 
     answer: bool
+    number: int  # counted by who asks; the answer repeats it
+    agent: bytes = b""  # metadata of who asks: where the answer goes
 
 
 Note = Piece | Credit | Closed | Refused | Greeting

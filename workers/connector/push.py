@@ -13,10 +13,11 @@ from typing import TypeVar
 
 from dynamo_lite.plane.layout import exchange_problem, parts
 from workers.connector.branch import Branch, Carrier
+from workers.connector.contacts import Contacts
 from workers.connector.protocol import IN_FLIGHT, UNWANTED, PushEnded, PushStep, Report
 from workers.connector.settings import MoverSettings
 from workers.connector.staging import Staging
-from workers.errors import Mismatch, PeerLost, TransferError
+from workers.errors import Mismatch, PeerLost, ReceiverSilent, TransferError, TransferTimeout
 from workers.transfer.engine import PeerEngine
 from workers.transfer.pack import Copier
 from workers.transfer.ready import Ready
@@ -42,7 +43,6 @@ class Push:
     transfer_id: int
     branches: dict[str, Branch]  # by the receiving agent's name
     cause: str = ""  # why it failed
-    lost: str = ""  # the agent to which the connection broke
 
     @property
     def done(self) -> bool:
@@ -53,11 +53,11 @@ class Sender:
     """Used by the mover's thread alone."""
 
     def __init__(
-        self, engine: PeerEngine, staging: Staging, copier: Copier, settings: MoverSettings,
+        self, engine: PeerEngine, contacts: Contacts, staging: Staging, copier: Copier, settings: MoverSettings,
         report: Callable[[Report], None],
     ) -> None:  # fmt: skip
-        self._carrier = Carrier(engine, staging, copier, settings)
-        self._layout, self._rank, self._report = copier.layout, settings.rank, report
+        self._carrier = Carrier(engine, contacts, staging, copier, settings)
+        self._contacts, self._layout, self._rank, self._report = contacts, copier.layout, settings.rank, report
         self._pushes: dict[int, Push] = {}  # by transfer id
         self._closing: list[Push] = []  # failed, but a write could not be given up yet
         self._ended: set[str] = set()  # engine ids of pushes that need their blocks no more
@@ -159,9 +159,16 @@ class Sender:
         for push in list(self._pushes.values()):
             self._fail(push, cause)
 
+    def lost(self, peer: str) -> None:
+        """The connection to that agent broke, and what was on its way is gone."""
+        for push in [one for one in self._pushes.values() if peer in one.branches]:
+            self._fail(push, PeerLost.cause)
+
     def gone(self, incarnation: str) -> None:
         """That worker's process no longer exists."""
-        self._carrier.gone(incarnation)
+        for peer in {peer for push in self._pushes.values() for peer in push.branches}:
+            if peer.startswith(f"{incarnation}:"):
+                self.lost(peer)
 
     def progress(self) -> bool:
         """Poll and post; True when anything moved."""
@@ -172,11 +179,12 @@ class Sender:
 
     def _advance(self, push: Push) -> bool:
         moved = False
-        for peer, branch in push.branches.items():
+        for branch in push.branches.values():
             try:
                 moved |= self._carrier.advance(branch)
             except TransferError as error:
-                push.lost = peer if isinstance(error, PeerLost) else ""
+                if isinstance(error, ReceiverSilent | TransferTimeout):
+                    self._contacts.doubt(branch.target.where)
                 self._fail(push, error.cause)
                 return True
         if push.done:
@@ -206,10 +214,7 @@ class Sender:
             for peer in [peer for peer, branch in push.branches.items() if self._carrier.settle(branch)]:
                 del push.branches[peer]
                 moved = True
-                if peer == push.lost:
-                    self._carrier.lost(peer)
-                else:
-                    self._carrier.say_closed(peer, push.transfer_id, push.cause)
+                self._carrier.say_closed(peer, push.transfer_id, push.cause)
             if not push.branches:
                 self._closing.remove(push)
         return moved

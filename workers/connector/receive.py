@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from dynamo_lite.plane.layout import share
 from dynamo_lite.plane.wire import RankTarget
+from workers.connector.contacts import Contacts
 from workers.connector.protocol import (
     NO_STAGING,
     Closed,
@@ -32,7 +33,7 @@ from workers.connector.protocol import (
     Refused,
     Report,
 )
-from workers.connector.quarantine import Quarantine
+from workers.connector.quarantine import Held, Quarantine
 from workers.connector.settings import MoverSettings
 from workers.connector.staging import Staging
 from workers.errors import Corrupt, TransferError
@@ -77,7 +78,7 @@ class Receiver:
     """Used by the mover's thread alone."""
 
     def __init__(
-        self, engine: PeerEngine, staging: Staging, copier: Copier, settings: MoverSettings,
+        self, engine: PeerEngine, contacts: Contacts, staging: Staging, copier: Copier, settings: MoverSettings,
         report: Callable[[Report], None],
     ) -> None:  # fmt: skip
         self._engine, self._staging, self._copier = engine, staging, copier
@@ -87,7 +88,7 @@ class Receiver:
         self._waiting: deque[tuple[ReceivePlan, float]] = deque()  # with the time at which it is handed back
         self._open: dict[int, Receive] = {}  # by transfer id
         self._by_request: dict[str, int] = {}
-        self.quarantine = Quarantine(staging)
+        self.quarantine = Quarantine(engine, contacts, staging, settings.timeout_s)
         self._settled: dict[int, tuple[str, bool]] = {}  # said before the transfer ended here
         self._untold: set[str] = set()  # request ids whose first token may still come
         self._over: dict[str, tuple[ReceivePlan, bool]] = {}  # of these, receives that have ended; and whether well
@@ -181,11 +182,6 @@ class Receiver:
         receive.closers.add(sender)
         if len(receive.closers) >= note.ranks:
             self._settled[note.transfer_id] = ("", True)
-
-    def senders(self, transfer_id: int) -> set[str]:
-        """Agents that have sent pieces of a transfer that is open."""
-        receive = self._open.get(transfer_id)
-        return set(receive.senders) if receive is not None else set()
 
     # ---- pieces ----
 
@@ -341,7 +337,8 @@ class Receiver:
             landing.copy.wait()  # vLLM may use the blocks for something else as soon as it is told
         peer, closed = self._settled.get(receive.transfer_id, ("", False))
         self._forget(receive)
-        self.quarantine.put(receive.transfer_id, receive.slots, receive.closers, peer, closed)
+        held = Held(receive.slots, receive.senders, receive.closers, peer, closed)
+        self.quarantine.put(receive.transfer_id, held)
         self._report(ReceiveEnded(receive.plan.request_id, receive.transfer_id, self._rank, cause))
 
     def _forget(self, receive: Receive) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -17,11 +15,11 @@ import torch
 
 from dynamo_lite.plane.layout import KvLayout, slot_bytes
 from dynamo_lite.plane.wire import Incarnation, PushTarget
+from tests.unit.workers.connector.reports import WAIT_S, Reports
 from tests.unit.workers.transfer.kv import Rank
 from workers.connector.mover import Mover
 from workers.connector.protocol import (
     Alive,
-    Holds,
     Meet,
     Note,
     Peers,
@@ -29,7 +27,6 @@ from workers.connector.protocol import (
     PushStep,
     ReceiveOpened,
     ReceivePlan,
-    Report,
     StepPlan,
 )
 from workers.connector.settings import MoverSettings
@@ -42,37 +39,6 @@ from workers.transfer.fabric import Fabric
 
 BLOCKS, LAYERS = 64, 3
 LAYOUT = KvLayout(LAYERS, 2, 1, 1, 16, 0, "float32", "HND", "HND")  # of `pair`
-WAIT_S = 10.0
-R = TypeVar("R", bound=Report)
-
-
-@dataclass
-class Reports:
-    """What a mover told its worker process."""
-
-    seen: list[Report] = field(default_factory=list)
-    changed: threading.Condition = field(default_factory=threading.Condition)
-
-    def __call__(self, report: Report) -> None:
-        with self.changed:
-            self.seen.append(report)
-            self.changed.notify_all()
-
-    def take(self, kind: type[R]) -> R:
-        """The oldest report of that kind that was not taken yet; waits for it."""
-
-        def there() -> bool:
-            return any(isinstance(report, kind) for report in self.seen)
-
-        with self.changed:
-            assert self.changed.wait_for(there, WAIT_S), f"no {kind.__name__} came; seen: {self.seen}"
-            report = next(report for report in self.seen if isinstance(report, kind))
-            self.seen.remove(report)
-            return report
-
-    def latest(self, kind: type[R]) -> R | None:
-        with self.changed:
-            return next((report for report in reversed(self.seen) if isinstance(report, kind)), None)
 
 
 @dataclass
@@ -87,15 +53,11 @@ class Side:
     def blocks(self, ids: list[int]) -> list[torch.Tensor]:
         return [plane[ids].clone() for plane in self.planes.planes]
 
-    def holding(self, reason: str) -> int:
-        latest = self.reports.latest(Holds)
-        return latest.blocks.get(reason, 0) if latest is not None else 0
-
     def held(self, reason: str) -> int:
         """Waits until nothing is held for that reason; returns what is left."""
         with self.reports.changed:
-            self.reports.changed.wait_for(lambda: not self.holding(reason), WAIT_S)
-        return self.holding(reason)
+            self.reports.changed.wait_for(lambda: not self.reports.holding(reason), WAIT_S)
+        return self.reports.holding(reason)
 
     def look(self) -> None:
         """Have it read its notifications, as the worker process's probes make an idle mover do."""

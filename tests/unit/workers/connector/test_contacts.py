@@ -1,13 +1,17 @@
 from __future__ import annotations
 
-import threading
-from collections import Counter
+import select
+import time
+from itertools import pairwise
 
+import msgspec
 import pytest
 from nixl._api import nixl_agent
 
 from tests.unit.workers.connector.pair import Side, pair, plan_receive, push, target_of
-from workers.connector.protocol import Meet, PeerGone, Peers, PushEnded, ReceiveEnded, ReceiveOpened
+from tests.unit.workers.connector.reports import WAIT_S
+from workers.connector.protocol import Greeting, Meet, PeerGone, Peers, PushEnded, ReceiveEnded, ReceiveOpened
+from workers.transfer.fabric import Fabric
 
 MET, MEETING = {"met": 1, "meeting": 0, "silent": 0}, {"met": 0, "meeting": 1, "silent": 0}
 SILENT, NOBODY = {"met": 0, "meeting": 0, "silent": 1}, {"met": 0, "meeting": 0, "silent": 0}
@@ -60,23 +64,29 @@ def test_meeting_again_changes_nothing() -> None:
         assert sender.reports.latest(Peers) is None
 
 
-def test_a_peer_that_never_answers_costs_nothing_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    read, polls = nixl_agent.get_new_notifs, Counter[int]()
+def next_greeting(agent: Fabric) -> tuple[float, Greeting]:
+    """That an agent without a mover gets, and when."""
+    deadline = time.monotonic() + WAIT_S
+    while not (found := agent.notifications()):
+        assert time.monotonic() < deadline, "no greeting came"
+        select.select([agent.fileno()], [], [], 0.01)
+    return time.monotonic(), msgspec.msgpack.decode(found[-1].payload, type=Greeting)
 
-    def counting(agent: nixl_agent) -> dict[str, list[bytes]]:
-        polls[threading.get_ident()] += 1
-        found: dict[str, list[bytes]] = read(agent)
-        return found
 
-    monkeypatch.setattr(nixl_agent, "get_new_notifs", counting)
-    with pair(timeout_s=0.05) as (one, mute), pair(timeout_s=0.05) as (other, another):
-        meet(one, mute)
+def test_a_peer_that_does_not_answer_is_greeted_again_after_ever_longer_pauses_and_met_when_it_does() -> None:
+    mute = Fabric("mute:0")
+    with pair(timeout_s=0.05) as (one, _):
+        one.mover.command(Meet("mute", (mute.metadata(),)))
         until(one, SILENT)
-        before = dict(polls)
-        meet(other, another)  # takes another deadline
-        until(other, SILENT)
-        assert polls.keys() > before.keys()
-        assert {thread: polls[thread] for thread in before} == before
+        greetings = [next_greeting(mute) for _ in range(5)]
+        pauses = [later - earlier for (earlier, _), (later, _) in pairwise(greetings)]
+        assert all(pause > 0.04 * 2**index for index, pause in enumerate(pauses[1:])), pauses
+        assert one.reports.latest(Peers) is None, "it is silent still"
+        peer, (_, latest) = mute.connect(one.mover.agent), greetings[-1]
+        mute.notify(peer, msgspec.msgpack.encode(Greeting(answer=True, number=latest.number - 1)))
+        mute.notify(peer, msgspec.msgpack.encode(Greeting(answer=True, number=latest.number)))
+        until(one, MET)
+    mute.close()
 
 
 def test_a_peer_that_is_gone_is_forgotten() -> None:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import cast
 
-from tests.unit.workers.connector.pair import WAIT_S, pair, plan_receive, push, target_of
+from tests.unit.workers.connector.pair import pair, plan_receive, push, target_of
+from tests.unit.workers.connector.reports import WAIT_S
 from workers.connector.first_token import FirstTokens, go_on_with
 from workers.connector.mover import Ended
 from workers.connector.protocol import FirstToken, GiveUp, ReceiveOpened, Settle
@@ -67,7 +68,7 @@ def test_a_receive_does_not_end_for_vllm_before_it_is_known_whether_there_is_a_f
         plan_receive(receiver, [5], first_token=True)
         push(sender, target_of(receiver.reports.take(ReceiveOpened)), [9])
         with receiver.reports.changed:
-            receiver.reports.changed.wait_for(lambda: receiver.holding("first_token"), WAIT_S)
+            receiver.reports.changed.wait_for(lambda: receiver.reports.holding("first_token"), WAIT_S)
         assert receiver.mover.ended(set()).received == set()
         receiver.mover.command(FirstToken("r", 7))
         receiver.mover.wait(WAIT_S)
@@ -83,7 +84,7 @@ def test_blocks_that_did_not_arrive_are_handed_back_together_with_the_word_on_th
         receiver.mover.command(Settle(opened.transfer_id, "p", closed=True))
         receiver.mover.command(GiveUp("r", opened.transfer_id))
         with receiver.reports.changed:
-            receiver.reports.changed.wait_for(lambda: receiver.holding("first_token"), WAIT_S)
+            receiver.reports.changed.wait_for(lambda: receiver.reports.holding("first_token"), WAIT_S)
         assert receiver.mover.ended(set()) == Ended(set(), set(), set())
         receiver.mover.command(FirstToken("r", None))
         receiver.mover.wait(WAIT_S)

@@ -169,7 +169,7 @@ def test_slots_stay_in_quarantine_until_every_rank_that_may_write_has_closed() -
         assert receiver.reports.take(ReceiveEnded).cause == "given up"
         tell(target, Closed(target.transfer_id, "cancelled", ranks=2))
         receiver.look()
-        assert receiver.holding("quarantine") == 1
+        assert receiver.reports.holding("quarantine") == 1
         tell(target, Closed(target.transfer_id, "cancelled", ranks=2))
         assert receiver.held("quarantine") == 0
 
@@ -184,7 +184,7 @@ def test_a_sender_that_has_closed_stays_so_whatever_the_worker_process_knows_of_
         receiver.mover.command(GiveUp("r", target.transfer_id))
         assert receiver.reports.take(ReceiveEnded).cause == "given up"
         receiver.look()
-        assert receiver.holding("quarantine") == 0
+        assert receiver.reports.holding("quarantine") == 0
 
 
 def test_every_rank_of_a_worker_that_came_back_can_be_reached_again() -> None:
@@ -225,7 +225,7 @@ def test_a_corrupt_piece_of_one_rank_ends_the_push_of_all_its_ranks() -> None:
         target = receivers.open([3, 4, 5], 0, 12)
         senders.push(steps_of(Engine(4, 12, target, [0, 1, 2]), [4]))  # the transfer stays open
         for side in senders.sides:
-            while side.holding("push") != 2:
+            while side.reports.holding("push") != 2:
                 side.look()
         tell(target, Piece(target.transfer_id, target.ranks[0].slots[-1], 2, 1, 1, 1, checksum=1))
         assert receiver.reports.take(ReceiveEnded).cause == "corrupt"

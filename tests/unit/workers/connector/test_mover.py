@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from tests.unit.workers.connector.pair import BLOCKS, WAIT_S, Side, pair, plan_receive, push, target_of, tell, whole
+from tests.unit.workers.connector.pair import BLOCKS, Side, pair, plan_receive, push, target_of, tell, whole
+from tests.unit.workers.connector.reports import WAIT_S
 from workers.connector.protocol import (
     GiveUp,
     Meet,
@@ -26,6 +28,14 @@ from workers.connector.protocol import (
 def same(sender: Side, taken: list[int], receiver: Side, placed: list[int]) -> bool:
     pairs = zip(sender.blocks(taken), receiver.blocks(placed), strict=True)
     return all(torch.equal(mine, theirs) for mine, theirs in pairs)
+
+
+def until(condition: Callable[[], bool], meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Wait for what shows in memory alone, or after the movers were made to look again."""
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {WAIT_S} s"
+        meanwhile()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 31])
@@ -167,10 +177,7 @@ def test_a_sender_that_was_given_up_in_silence_closes_the_transfer_once_it_is_aw
         receiver.mover.command(GiveUp("r", target.transfer_id))
         assert receiver.reports.take(ReceiveEnded).cause == "given up"
         receiver.look()
-        deadline = time.monotonic() + WAIT_S
-        while receiver.holding("quarantine"):
-            assert time.monotonic() < deadline, "the slots stay in quarantine"
-            sender.look()
+        until(lambda: not receiver.reports.holding("quarantine"), sender.look)
         if not begun:
             push(sender, target, [1])
         assert sender.reports.take(PushEnded).cause in ("unwanted", "in_flight")  # the latter: its write goes on
@@ -192,7 +199,7 @@ def test_staging_of_a_sender_that_came_back_is_quarantined_like_that_of_any_othe
         receiver.mover.command(GiveUp("r", opened.transfer_id))
         assert receiver.reports.take(ReceiveEnded).cause == "given up"
         receiver.look()
-        assert receiver.holding("quarantine") == 1
+        assert receiver.reports.holding("quarantine") == 1
 
 
 def test_a_late_piece_of_an_earlier_attempt_changes_nothing() -> None:
@@ -278,6 +285,7 @@ def test_a_piece_with_another_checksum_is_refused_and_its_slots_wait_for_the_sen
         plan_receive(receiver, [10, 11, 12, 13])
         target = target_of(receiver.reports.take(ReceiveOpened))
         push(sender, target, [1, 2], first=0)  # the transfer stays open: two blocks are still to come
+        until(lambda: sender.reports.holding("push") == 2 and same(sender, [1, 2], receiver, [10, 11]))
         tell(target, Piece(target.transfer_id, target.ranks[0].slots[-1], 2, 2, 0, 1, checksum=1))
         assert receiver.reports.take(ReceiveEnded).cause == "corrupt"
         assert sender.reports.take(PushEnded).cause == "corrupt"
