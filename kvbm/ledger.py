@@ -8,6 +8,7 @@ lose a block while a copy is still there. The ledger counts copies, passes on on
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import takewhile
 
 from kvbm.events import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent, Tier
 
@@ -34,6 +35,11 @@ class BlockLedger:
     def snapshot(self) -> dict[Tier, tuple[int, ...]]:
         """All hashes that can be matched, by tier."""
         return {tier: tuple(copies) for tier, copies in self._copies.items()}
+
+    def prefix(self, hashes: Iterable[int], tier: Tier = Tier.DEVICE) -> int:
+        """How many of them, from the first on, are in that tier."""
+        copies = self._copies.get(tier, {})
+        return sum(1 for _ in takewhile(copies.__contains__, hashes))
 
     def _stored(self, event: BlocksStored) -> list[KvEvent]:
         copies = self._copies.setdefault(event.tier, {})

@@ -16,6 +16,7 @@ import zmq.asyncio
 from zmq.constants import SocketOption, SocketType
 
 from kvbm.events import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent, Tier
+from kvbm.hashing import block_hashes
 from kvbm.ledger import BlockLedger
 
 _log = logging.getLogger(__name__)
@@ -45,6 +46,19 @@ class KvFeed:
 
     def snapshot(self) -> dict[Tier, tuple[int, ...]]:
         return self._ledger.snapshot()
+
+    def local_blocks(self, token_ids: list[int], block_size: int, cache_salt: str | None) -> int:
+        """Blocks of the prompt's prefix that the engine, as far as it has told, need not compute.
+
+        Like vLLM, at least one token is left to compute.
+        """
+        most = (len(token_ids) - 1) // block_size
+        for count in (min(1, most), most):  # most prompts end the search with their first block
+            hashes = block_hashes(token_ids[: count * block_size], block_size, cache_salt)
+            found = self._ledger.prefix(hashes)
+            if found < count:
+                return found
+        return most
 
     async def events(self) -> AsyncIterator[tuple[KvEvent, ...]]:
         """One tuple per engine step that stored or removed blocks."""

@@ -20,8 +20,10 @@ from workers.connector.protocol import (
     Command,
     FirstToken,
     GiveUp,
+    Prepare,
     ReceiveEnded,
     ReceiveOpened,
+    ReceivePlanned,
     Reopen,
     Settle,
     Skipped,
@@ -48,10 +50,15 @@ class Receive:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     unwanted: bool = False
     driven: bool = False
+    over: bool = False  # no candidate is asked any more
+    prepared: Prepare | None = None  # staging was asked for before vLLM has planned the receive
+    planned: set[int] = field(default_factory=set)  # ranks that know vLLM's plan
+    skipped: str = ""  # why vLLM has planned none after all
     corrupt: bool = False  # a piece of the current attempt was not what was sent
     handed_back: bool = False  # it waited too long for staging, and is computed here
     local_blocks: int | None = None  # found on the device by the scheduler; None until a remote prefill was chosen
     first_token: asyncio.Future[int] | None = None  # chosen by a prefill worker; None: not wanted
+    chosen: int | None = None  # the token it will be
     told: bool = False  # the connectors know of it, or that there is none
 
 
@@ -69,12 +76,17 @@ class Receives:
         self._timeout_s, self._group = timeout_s, group
         self._receives: dict[str, Receive] = {}
 
-    def expect(self, request_id: str, remote: RemotePrefill, *, first_token: bool = False) -> Receive:
+    def expect(
+        self, request_id: str, remote: RemotePrefill, *, first_token: bool = False, prepare: Prepare | None = None
+    ) -> Receive:
         """A request that may be prefilled remotely is about to be given to the engine.
 
-        `first_token`: the engine is to go on from the one that the prefill worker chooses.
+        `first_token`: the engine is to go on from the one that the prefill worker chooses. `prepare`: ask before the
+        engine has planned it.
         """
-        receive = self._receives[request_id] = Receive(request_id, remote)
+        receive = self._receives[request_id] = Receive(request_id, remote, prepared=prepare)
+        if prepare is not None:
+            self._command(prepare)
         if first_token:
             receive.first_token = asyncio.get_running_loop().create_future()
         return receive
@@ -84,27 +96,50 @@ class Receives:
         receive = self._receives.get(request_id)
         if receive is None:
             return
-        receive.unwanted = True
-        if receive.driven:
-            receive.remote.stop()
-            receive.changed.set()
-        else:
+        if not receive.unwanted:
+            self._withdraw(receive)
+        if receive.over or not receive.driven:
             del self._receives[request_id]
 
-    def handle(self, report: Skipped | ReceiveOpened | ReceiveEnded) -> None:
+    def _withdraw(self, receive: Receive) -> None:
+        """Nobody wants what a prefill worker computes for it."""
+        receive.unwanted = True
+        if receive.prepared is not None and self._unplanned(receive):
+            self._command(GiveUp(receive.request_id, receive.prepared.transfer_id))
+        if receive.driven and not receive.over:
+            receive.remote.stop()
+            receive.changed.set()
+
+    def _unplanned(self, receive: Receive) -> bool:
+        """Staging was asked for, and not every rank knows where the blocks go from there."""
+        return receive.prepared is not None and len(receive.planned) < self._ranks
+
+    @property
+    def unplanned(self) -> int:
+        """How many requests are about to be planned."""
+        return sum(self._unplanned(one) and not one.unwanted for one in self._receives.values())
+
+    def handle(self, report: Skipped | ReceivePlanned | ReceiveOpened | ReceiveEnded) -> None:
         """A connector's report. Those of a request that is forgotten are of no use to anybody."""
         receive = self._receives.get(report.request_id)
         match report:
             case Skipped():
                 if receive is not None:
                     receive.remote.skipped(report.reason)
+                    if receive.prepared is not None:
+                        receive.skipped, receive.local_blocks = report.reason, None
+                        self._withdraw(receive)
+            case ReceivePlanned():
+                if receive is not None:
+                    receive.planned.add(report.rank)
+                    self._tell(receive)
             case ReceiveOpened():
                 self._opened(receive, report)
             case ReceiveEnded() if report.cause == NO_STAGING:
                 if receive is not None:
                     receive.remote.skipped(NO_STAGING)
-                    receive.handed_back = True
-                    self._no_first_token(receive)
+                    receive.handed_back = receive.over = True
+                    self._tell(receive)
                     receive.changed.set()
             case ReceiveEnded():
                 self._ended(receive, report)
@@ -124,7 +159,8 @@ class Receives:
             self._command(Settle(report.transfer_id, "", closed=True))
             return
         receive.opened[report.rank] = report
-        receive.local_blocks = report.first_block
+        if not receive.skipped:
+            receive.local_blocks = report.first_block
         receive.changed.set()
         if not receive.driven:
             receive.driven = True
@@ -135,22 +171,34 @@ class Receives:
             while not await self._attempt(receive):
                 pass
         finally:
-            self._no_first_token(receive)
-            if self._receives.get(receive.request_id) is receive:
+            receive.over = True
+            self._tell(receive)
+            if receive.skipped:
+                receive.remote.skipped(receive.skipped)
+            known = receive.unwanted or not self._unplanned(receive)
+            if known and self._receives.get(receive.request_id) is receive:
                 del self._receives[receive.request_id]
 
-    def _no_first_token(self, receive: Receive) -> None:
-        """Unless there is one: the engine may choose it itself."""
-        if receive.first_token is not None and not receive.told:
+    def _first_token(self, receive: Receive, token_id: int) -> None:
+        """The first that comes counts, whatever becomes of that attempt."""
+        if receive.chosen is None:
+            receive.chosen = token_id
+            self._tell(receive)
+
+    def _tell(self, receive: Receive) -> None:
+        """The connectors, and through `first_token` the client, of the first token, or that there will be none.
+
+        Not before the engine has planned the receive: until then it may still compute the prompt, and choose, itself.
+        """
+        if receive.first_token is None or receive.told or self._unplanned(receive):
+            return
+        if receive.chosen is not None and not receive.unwanted:
+            receive.told = True
+            self._command(FirstToken(receive.request_id, receive.chosen))
+            receive.first_token.set_result(receive.chosen)
+        elif receive.over:
             receive.told = True
             self._command(FirstToken(receive.request_id, None))
-
-    def _first_token(self, receive: Receive, token_id: int) -> None:
-        """The first that comes counts, whatever becomes of that attempt: the client has it from now on."""
-        if receive.first_token is not None and not receive.told and not receive.unwanted:
-            receive.told = True
-            self._command(FirstToken(receive.request_id, token_id))
-            receive.first_token.set_result(token_id)
 
     async def _attempt(self, receive: Receive) -> bool:
         """Ask one candidate; True when the request needs no other."""

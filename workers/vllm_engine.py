@@ -21,19 +21,19 @@ from vllm.config import KVEventsConfig, KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs.engine import tokens_input
 from vllm.outputs import RequestOutput
-from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from dynamo_lite.config import ProcessSpec, WorkerGroup
 from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerError
-from dynamo_lite.plane.wire import Fingerprint, Incarnation, Role, Sampling, TokenLogprob
+from dynamo_lite.plane.wire import Fingerprint, Incarnation, Role, Sampling
 from dynamo_lite.tasks import background
 from kvbm.events import KvEvent, Tier
 from workers.connector.channel import WorkerEnd
 from workers.connector.protocol import (
     FIRST,
     IN_FLIGHT,
+    PREPARED,
     PUSH,
     REMOTE,
     REQUEST_ID,
@@ -43,18 +43,21 @@ from workers.connector.protocol import (
     Meet,
     PeerGone,
     Peers,
+    Prepare,
     Probe,
     PushEnded,
     Report,
     StopPush,
     failure,
+    new_transfer_id,
 )
-from workers.engine import EngineInfo, EngineLoad, Job, Output, Prefilled, PrefillJob, TransferReport
+from workers.engine import EngineInfo, EngineLoad, Job, Output, Prefilled, PrefillJob, RemotePrefill, TransferReport
 from workers.first_token import may_be_chosen_elsewhere, results_after
 from workers.kv_feed import KvFeed
 from workers.pulse import Pulse
-from workers.receives import Receives
+from workers.receives import Receive, Receives
 from workers.vllm_stats import EngineStats, stat_logger
+from workers.vllm_values import output, sampling_params
 
 log = logging.getLogger(__name__)
 
@@ -261,11 +264,7 @@ class VllmEngine:
         params: dict[str, Any] | None = None
         receive = None
         if job.remote is not None:
-            assert self._receives is not None
-            room = len(job.token_ids) + 1 < self._config.model_config.max_model_len  # for a second token
-            early = job.alone and room and may_be_chosen_elsewhere(job.sampling)
-            receive = self._receives.expect(job.request_id, job.remote, first_token=early)
-            params = {REQUEST_ID: job.request_id, REMOTE: True, FIRST: early}
+            receive, params = self._expect(job, job.remote)
         stream = self._engine.generate(
             tokens_input(job.token_ids, cache_salt=job.cache_salt),
             sampling_params(job.sampling, params),
@@ -290,7 +289,7 @@ class VllmEngine:
                     if stopped:
                         break
                 else:
-                    yield _output(result, cached)
+                    yield output(result, cached)
         except EngineDeadError as error:
             raise WorkerError("the engine died") from error
         except ValueError as error:
@@ -300,6 +299,37 @@ class VllmEngine:
             await stream.aclose()
             if self._receives is not None and receive is not None:
                 self._receives.release(job.request_id)
+
+    def _expect(self, job: Job, remote: RemotePrefill) -> tuple[Receive, dict[str, Any]]:
+        """A receive for the job, and what the connector is to know of it."""
+        assert self._receives is not None
+        room = len(job.token_ids) + 1 < self._config.model_config.max_model_len  # for a second token
+        early = job.alone and room and may_be_chosen_elsewhere(job.sampling)
+        prepare = self._prepare(job) if remote.more else None
+        receive = self._receives.expect(job.request_id, remote, first_token=early, prepare=prepare)
+        params: dict[str, Any] = {REQUEST_ID: job.request_id, REMOTE: True, FIRST: early}
+        if prepare is not None:
+            params[PREPARED] = (prepare.transfer_id, prepare.first_block)
+        return receive, params
+
+    def _prepare(self, job: Job) -> Prepare | None:
+        """What a prefill worker is to be asked for before the engine plans the prompt, a step or two from now.
+
+        None where it will not plan it then, for want of room, or where there is too little to ask for.
+        """
+        assert self._receives is not None
+        assert self._feed is not None
+        stats, size = self._stats, self._config.cache_config.block_size
+        ahead = self._receives.unplanned
+        room = not stats.waiting and stats.running + ahead < self._workers.max_num_seqs
+        needed = (ahead + 1) * -(-len(job.token_ids) // size)  # as if those before it were as long
+        if not room or needed > (1 - stats.kv_usage) * self._blocks:
+            return None
+        local = self._feed.local_blocks(job.token_ids, size, job.cache_salt)
+        tokens = len(job.token_ids) - local * size
+        if tokens < self._spec.config.kv_transfer.min_remote_tokens:
+            return None
+        return Prepare(job.request_id, new_transfer_id(), local, tokens)
 
     # ---- prefill ----
 
@@ -400,43 +430,3 @@ def _summary(blocks: int, ends: list[PushEnded]) -> TransferReport:
         started_ns=min(end.started_ns for end in ends),
         ended_ns=max(end.ended_ns for end in ends),
     )
-
-
-def sampling_params(sampling: Sampling, kv_transfer: dict[str, Any] | None) -> SamplingParams:
-    """Ours as vLLM's. Text stop strings and EOS are the frontend's: only ids in `stop_token_ids` end a sequence."""
-    return SamplingParams(
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        seed=sampling.seed,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        repetition_penalty=sampling.repetition_penalty,
-        min_tokens=sampling.min_tokens,
-        stop_token_ids=list(sampling.stop_token_ids),
-        ignore_eos=True,
-        logprobs=sampling.logprobs,
-        logit_bias=sampling.logit_bias,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-        extra_args={"kv_transfer_params": kv_transfer} if kv_transfer else None,
-    )
-
-
-def _output(result: RequestOutput, cached: int | None) -> Output:
-    (sequence,) = result.outputs
-    token_ids = list(sequence.token_ids)
-    logprobs = None
-    if sequence.logprobs is not None:
-        logprobs = [
-            TokenLogprob(
-                token_id,
-                position[token_id].logprob,
-                tuple((other, entry.logprob) for other, entry in position.items()),
-            )
-            for token_id, position in zip(token_ids, sequence.logprobs, strict=True)
-        ]
-    stop = sequence.stop_reason
-    return Output(token_ids, logprobs, sequence.finish_reason, stop if isinstance(stop, int) else None, cached)

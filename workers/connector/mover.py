@@ -33,6 +33,7 @@ from workers.connector.protocol import (
     Note,
     PeerGone,
     Piece,
+    Prepare,
     Probe,
     Refused,
     Reopen,
@@ -269,6 +270,8 @@ class Mover:
 
     def _obey(self, command: Command) -> None:
         match command:
+            case Prepare():
+                self._receiver.prepare(command)
             case Reopen():
                 self._receiver.reopen(command.request_id, command.transfer_id)
             case GiveUp():

@@ -6,6 +6,7 @@ Ids: `request_id` is ours (the same in every process); `engine_id` is vLLM's int
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -20,7 +21,10 @@ from workers.transfer.span import Span
 REQUEST_ID = "dynamo_lite.request_id"
 REMOTE = "dynamo_lite.remote"  # decode: a remote prefill may be asked for
 FIRST = "dynamo_lite.first"  # decode: the prefill worker is asked for the first token too
+PREPARED = "dynamo_lite.prepared"  # decode: (transfer id, first block) of the `Prepare` that goes before it
 PUSH = "dynamo_lite.push"  # prefill: PushTarget, msgpack
+
+_ATTEMPT_BITS = 8  # of a transfer id
 
 # ---- connector → worker process -------------------------------------------------------------------------------
 
@@ -42,6 +46,13 @@ class Skipped(msgspec.Struct, frozen=True, tag="skipped"):
 
     request_id: str
     reason: str
+
+
+class ReceivePlanned(msgspec.Struct, frozen=True, tag="planned"):
+    """vLLM has allocated a receive's blocks, and this rank knows them."""
+
+    request_id: str
+    rank: int
 
 
 class ReceiveOpened(msgspec.Struct, frozen=True, tag="opened"):
@@ -118,9 +129,21 @@ class Alive(msgspec.Struct, frozen=True, tag="alive"):
     rank: int
 
 
-Report = Hello | Skipped | ReceiveOpened | ReceiveEnded | PushEnded | Holds | Peers | Alive
+Report = Hello | Skipped | ReceivePlanned | ReceiveOpened | ReceiveEnded | PushEnded | Holds | Peers | Alive
 
 # ---- worker process → connector -------------------------------------------------------------------------------
+
+
+class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
+    """Grant staging to a request that is about to be given to the engine: a prefill worker can then be asked at once.
+
+    Its `ReceivePlan` follows, under the same transfer id, unless vLLM turns out to need none; then `GiveUp` does.
+    """
+
+    request_id: str
+    transfer_id: int
+    first_block: int
+    tokens: int  # as in `ReceiveOpened`
 
 
 class Reopen(msgspec.Struct, frozen=True, tag="reopen"):
@@ -131,7 +154,7 @@ class Reopen(msgspec.Struct, frozen=True, tag="reopen"):
 
 
 class GiveUp(msgspec.Struct, frozen=True, tag="give_up"):
-    """No candidate is left; hand the request back to the scheduler, which computes it."""
+    """No candidate is left, or none is wanted; hand the request back to the scheduler, once it plans it."""
 
     request_id: str
     transfer_id: int
@@ -182,7 +205,7 @@ class Probe(msgspec.Struct, frozen=True, tag="probe"):
     """Answer with `Alive`, from the thread that does the work. To the scheduler's connector too."""
 
 
-Command = Reopen | GiveUp | FirstToken | Settle | PeerGone | Meet | StopPush | Probe
+Command = Prepare | Reopen | GiveUp | FirstToken | Settle | PeerGone | Meet | StopPush | Probe
 
 # ---- mover → mover, in transfer notifications ------------------------------------------------------------------
 
@@ -237,7 +260,7 @@ Note = Piece | Credit | Closed | Refused | Greeting
 
 @dataclass(slots=True)
 class ReceivePlan:
-    """Blocks allocated on this worker for a remote prefill."""
+    """Blocks allocated on this worker for a remote prefill. Of one that is only prepared neither ids are known."""
 
     engine_id: str
     request_id: str
@@ -270,3 +293,13 @@ class StepPlan:
     cancelled_pushes: list[str] = field(default_factory=list)  # engine ids: aborted, their blocks still theirs
     preempted_pushes: list[str] = field(default_factory=list)  # engine ids: their blocks are about to be overwritten
     idle: bool = False  # nothing is computed in this step
+
+
+def new_transfer_id() -> int:
+    """Random, with room for the attempts that follow to count up from it, within msgpack's signed 64 bits."""
+    return secrets.randbits(55) << _ATTEMPT_BITS
+
+
+def same_request(one: int, other: int) -> bool:
+    """Whether two transfer ids are of attempts at one request."""
+    return one >> _ATTEMPT_BITS == other >> _ATTEMPT_BITS

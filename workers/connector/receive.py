@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -27,11 +27,14 @@ from workers.connector.protocol import (
     Credit,
     Note,
     Piece,
+    Prepare,
     ReceiveEnded,
     ReceiveOpened,
     ReceivePlan,
+    ReceivePlanned,
     Refused,
     Report,
+    same_request,
 )
 from workers.connector.quarantine import Held, Quarantine
 from workers.connector.settings import MoverSettings
@@ -43,6 +46,7 @@ from workers.transfer.ready import Ready
 from workers.transfer.span import Span
 
 _log = logging.getLogger(__name__)
+_GIVEN_UP_KEPT = 4096
 _STAGING_PATIENCE = 10  # times the transfer's timeout: longer than a quarantine lasts whose owner is really gone
 _notes = msgspec.msgpack.Encoder()
 
@@ -69,6 +73,7 @@ class Receive:
     closers: set[str] = field(default_factory=set)  # agents that write nothing more
     corrupt: bool = False
     landings: list[Landing] = field(default_factory=list)
+    early: list[tuple[str, Piece]] = field(default_factory=list)  # with their senders: came before the plan
     uncredited: dict[str, list[int]] = field(default_factory=dict)  # slots emptied before their sender was known
     pieces: int = 0
     started_ns: int = 0
@@ -92,18 +97,46 @@ class Receiver:
         self._settled: dict[int, tuple[str, bool]] = {}  # said before the transfer ended here
         self._untold: set[str] = set()  # request ids whose first token may still come
         self._over: dict[str, tuple[ReceivePlan, bool]] = {}  # of these, receives that have ended; and whether well
+        self._given_up: OrderedDict[str, int] = OrderedDict()  # request ids, before they were planned: transfer ids
         self.received: set[str] = set()  # engine ids, for vLLM
         self.invalid_blocks: set[int] = set()
 
     # ---- asked by the scheduler and the worker process ----
+
+    def prepare(self, wanted: Prepare) -> None:
+        """Have staging granted before vLLM has allocated the blocks. `plan` follows, or `give_up`."""
+        waiting = any(plan.request_id == wanted.request_id for plan, _ in self._waiting)
+        if not waiting and wanted.request_id not in self._by_request:  # else the plan was faster
+            plan = ReceivePlan("", wanted.request_id, [], wanted.first_block, wanted.tokens, wanted.transfer_id)
+            self._waiting.append((plan, time.monotonic() + self._patience_s))
+            self._open_waiting()
 
     def plan(self, plan: ReceivePlan, ready: Ready) -> None:
         """`ready`: the engine's earlier work, which may still use those blocks, is done."""
         plan = replace(plan, ready=ready)
         if plan.first_token:
             self._untold.add(plan.request_id)
-        self._waiting.append((plan, time.monotonic() + self._patience_s))
-        self._open_waiting()
+        self._report(ReceivePlanned(plan.request_id, self._rank))
+        if same_request(self._given_up.pop(plan.request_id, -1), plan.transfer_id):
+            self._give_back(plan, well=False)
+        elif not self._attach(plan):
+            self._waiting.append((plan, time.monotonic() + self._patience_s))
+            self._open_waiting()
+
+    def _attach(self, plan: ReceivePlan) -> bool:
+        """To the receive that was prepared for it, of which pieces may have come."""
+        for index, (waiting, until) in enumerate(self._waiting):
+            if waiting.request_id == plan.request_id:
+                self._waiting[index] = (replace(plan, transfer_id=waiting.transfer_id), until)
+                return True
+        receive = self._open.get(self._by_request.get(plan.request_id, -1))
+        if receive is None:
+            return False
+        receive.plan = plan
+        for sender, piece in receive.early:
+            self.piece(sender, piece)
+        receive.early.clear()
+        return True
 
     def expire(self) -> None:
         """Hand back what has waited too long for staging: the decode worker computes it. See to the quarantine."""
@@ -115,7 +148,7 @@ class Receiver:
         late = [plan for plan, until in self._waiting if until <= now]
         self._waiting = deque(item for item in self._waiting if item[1] > now)
         for plan in late:
-            self._give_back(plan, well=False)
+            self._hand_back(plan)
             self._report(ReceiveEnded(plan.request_id, plan.transfer_id, self._rank, NO_STAGING))
 
     def cancel(self, engine_id: str) -> None:
@@ -154,8 +187,36 @@ class Receiver:
         receive = self._current(request_id, transfer_id)
         if receive is not None:
             self._end(receive, "given up")
-            self._give_back(receive.plan, well=False)
+            self._hand_back(receive.plan)
             self._open_waiting()
+        else:
+            self._unprepare(request_id, transfer_id)
+
+    def _unprepare(self, request_id: str, transfer_id: int) -> None:
+        """Of a request that is not planned yet, end whatever attempt there is, and remember it for when it is."""
+        mine = [plan for plan, _ in self._waiting if plan.request_id == request_id]
+        receive = self._open.get(self._by_request.get(request_id, -1))
+        if receive is not None:
+            mine.append(receive.plan)
+        if any(plan.block_ids or not same_request(plan.transfer_id, transfer_id) for plan in mine):
+            return  # it has been planned meanwhile: the scheduler ends it
+        self._waiting = deque(item for item in self._waiting if item[0].request_id != request_id)
+        if receive is not None:
+            self._end(receive, "given up")
+        self._remember_given_up(request_id, transfer_id)
+        self._open_waiting()
+
+    def _hand_back(self, plan: ReceivePlan) -> None:
+        """For the decode worker to compute; where vLLM has not planned it yet, as soon as it has."""
+        if plan.block_ids:
+            self._give_back(plan, well=False)
+        else:
+            self._remember_given_up(plan.request_id, plan.transfer_id)
+
+    def _remember_given_up(self, request_id: str, transfer_id: int) -> None:
+        self._given_up[request_id] = transfer_id
+        if len(self._given_up) > _GIVEN_UP_KEPT:
+            self._given_up.popitem(last=False)
 
     def _give_back(self, plan: ReceivePlan, well: bool) -> None:
         """To vLLM, once it may go on. Where it did not end well it recomputes from the first invalid block on."""
@@ -193,10 +254,13 @@ class Receiver:
         content = self._content(receive, piece)
         if content is None:
             return
-        if not receive.pieces:
+        if not receive.started_ns:
             receive.started_ns = time.time_ns()
         if piece.agent:
             self._meet(receive, piece.agent)
+        if not receive.plan.block_ids:
+            receive.early.append((sender, piece))  # at most one in each slot, as none is credited before
+            return
         receive.pieces += 1
         heads, staged = content
         blocks = receive.plan.block_ids[piece.first : piece.first + piece.count]
@@ -210,7 +274,7 @@ class Receiver:
         heads = range(piece.first_head, piece.first_head + piece.heads)
         if not (piece.heads > 0 and mine.start <= heads.start and heads.stop <= mine.stop):
             return None
-        if not (piece.first >= 0 and piece.count > 0 and piece.first + piece.count <= len(receive.plan.block_ids)):
+        if not (piece.first >= 0 and piece.count > 0 and piece.first + piece.count <= receive.arrived.shape[1]):
             return None
         part = share(layout, self._rank, heads, self._staging.slot_bytes)
         if piece.count * layout.part_bytes(piece.heads) > len(part):
@@ -303,12 +367,13 @@ class Receiver:
         while self._waiting:
             plan, _ = self._waiting[0]
             per_slot = max(1, self._staging.slot_bytes // self._copier.block_bytes)
-            wanted = min(self._window, -(-len(plan.block_ids) // per_slot), self._staging.count)
+            blocks = -(-plan.tokens // self._copier.layout.block_size)
+            wanted = min(self._window, -(-blocks // per_slot), self._staging.count)
             slots = self._staging.take(min(wanted, max(1, self._staging.free)))
             if not slots:
                 return
             self._waiting.popleft()
-            arrived = np.zeros((len(self._copier.heads), len(plan.block_ids)), dtype=np.bool_)
+            arrived = np.zeros((len(self._copier.heads), blocks), dtype=np.bool_)
             receive = Receive(plan, plan.transfer_id, slots, arrived)
             self._open[receive.transfer_id] = receive
             self._by_request[plan.request_id] = receive.transfer_id

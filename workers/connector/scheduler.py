@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -14,6 +13,7 @@ from dynamo_lite.plane.wire import PushTarget
 from workers.connector.first_token import FirstTokens, go_on_with
 from workers.connector.protocol import (
     FIRST,
+    PREPARED,
     PUSH,
     REMOTE,
     REQUEST_ID,
@@ -23,6 +23,7 @@ from workers.connector.protocol import (
     Report,
     Skipped,
     StepPlan,
+    new_transfer_id,
 )
 from workers.transfer.span import Span
 
@@ -66,8 +67,14 @@ class SchedulerSide:
         if not params.get(REMOTE) or request.request_id in self._decided:
             return 0
         self._computed[request.request_id] = computed
+        if self._prepared_otherwise(params, computed):
+            return 0
         missing = request.num_prompt_tokens - computed
         return missing if missing >= self._min_remote_tokens else 0
+
+    def _prepared_otherwise(self, params: dict[str, Any], computed: int) -> bool:
+        """A prefill worker was asked already, for other tokens than are missing: blocks came, or went, meanwhile."""
+        return PREPARED in params and params[PREPARED][1] * self._block_size != computed
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
         """vLLM has allocated the request's blocks; `external` tokens of them are to be received."""
@@ -77,7 +84,9 @@ class SchedulerSide:
         self._decided.add(request.request_id)
         computed = self._computed.pop(request.request_id, 0)
         if not external:
-            self._report(Skipped(params[REQUEST_ID], "prefix hit" if computed else "short"))
+            changed = self._prepared_otherwise(params, computed)
+            reason = "prefix changed" if changed else "prefix hit" if computed else "short"
+            self._report(Skipped(params[REQUEST_ID], reason))
             return
         first = (request.num_prompt_tokens - external) // self._block_size
         last = -(-request.num_prompt_tokens // self._block_size)
@@ -85,10 +94,11 @@ class SchedulerSide:
         self._receiving[request.request_id] = request
         if params.get(FIRST):
             self._first_tokens.expect(params[REQUEST_ID])
+        transfer_id = params[PREPARED][0] if PREPARED in params else new_transfer_id()
         self._plan.receives.append(
             ReceivePlan(
                 request.request_id, params[REQUEST_ID], list(block_ids[first:last]), first,
-                request.num_prompt_tokens - first * self._block_size, _new_transfer_id(),
+                request.num_prompt_tokens - first * self._block_size, transfer_id,
                 first_token=bool(params.get(FIRST)),
             )
         )  # fmt: skip
@@ -176,8 +186,3 @@ class SchedulerSide:
         if push.handed_over < push.target.first_token + push.target.tokens:
             self._plan.cancelled_pushes.append(engine_id)
         return True
-
-
-def _new_transfer_id() -> int:
-    """Random, with room for the attempts that follow to count up from it, within msgpack's signed 64 bits."""
-    return secrets.randbits(55) << 8

@@ -12,8 +12,10 @@ from workers.connector.protocol import (
     Command,
     FirstToken,
     GiveUp,
+    Prepare,
     ReceiveEnded,
     ReceiveOpened,
+    ReceivePlanned,
     Reopen,
     Settle,
     Skipped,
@@ -23,6 +25,7 @@ from workers.receives import Receives
 from workers.service import scope
 
 RANKS = 2
+PREPARE = Prepare("r", 256, 3, 100)
 LAYOUT = KvLayout(1, 16, 2, RANKS, 4, 4, "float32", "NHKD", "NHKD")
 
 
@@ -95,6 +98,10 @@ class Bench:
         for rank in range(RANKS):
             target = RankTarget(b"md", f"d:{rank}", 0, 0, "DRAM", 100, (rank,))
             self.receives.handle(ReceiveOpened("r", transfer_id, rank, 3, 100, target))
+
+    def plan(self) -> None:
+        for rank in range(RANKS):
+            self.receives.handle(ReceivePlanned("r", rank))
 
     def arrive(self, transfer_id: int = 256) -> None:
         for rank in range(RANKS):
@@ -302,3 +309,81 @@ async def test_a_receive_that_never_got_staging_waits_for_no_first_token() -> No
         made.receives.expect("r", ScriptedPrefill("p0"), first_token=True)
         made.receives.handle(ReceiveEnded("r", 256, 0, NO_STAGING))
         assert await made.next_command() == FirstToken("r", None)
+
+
+async def test_a_prefill_worker_is_asked_before_the_engine_has_planned_the_prompt() -> None:
+    async with bench() as made:
+        remote = ScriptedPrefill("p0")
+        made.receives.expect("r", remote, prepare=PREPARE)
+        assert await made.next_command() == PREPARE
+        assert made.receives.unplanned == 1
+        made.open()
+        await remote.called.wait()
+        made.plan()
+        assert made.receives.unplanned == 0
+        made.arrive()
+        remote.answer.set_result(0)
+        await remote.reported.wait()
+        assert made.commands == []
+
+
+async def test_nobody_has_a_first_token_before_the_engine_has_planned_to_receive() -> None:
+    async with bench() as made:
+        remote = ScriptedPrefill("p0")
+        receive = made.receives.expect("r", remote, first_token=True, prepare=PREPARE)
+        assert await made.next_command() == PREPARE
+        made.open()
+        await remote.called.wait()
+        assert remote.first_token is not None
+        remote.first_token(42)
+        assert made.commands == []
+        made.plan()
+        assert made.commands == [FirstToken("r", 42)]
+        assert receive.first_token is not None
+        assert receive.first_token.result() == 42
+
+
+async def test_an_engine_that_computes_the_prompt_after_all_ends_what_was_asked_for() -> None:
+    async with bench() as made:
+        remote = ScriptedPrefill("p0", "p1")
+        receive = made.receives.expect("r", remote, first_token=True, prepare=PREPARE)
+        assert await made.next_command() == PREPARE
+        made.open()
+        await remote.called.wait()
+        assert remote.first_token is not None
+        remote.first_token(42)
+        made.receives.handle(Skipped("r", "prefix changed"))
+        assert await made.next_command() == GiveUp("r", 256)
+        assert remote.stopped
+        remote.fail("cancelled")
+        assert await made.next_command() == Settle(256, "p0", closed=True)
+        assert receive.first_token is not None
+        assert not receive.first_token.done(), "the engine chooses another one itself"
+        assert receive.local_blocks is None
+        made.receives.release("r")
+        assert made.commands == []
+
+
+async def test_an_abort_before_the_engine_has_planned_the_prompt_gives_its_staging_up() -> None:
+    async with bench() as made:
+        made.receives.expect("r", ScriptedPrefill("p0"), prepare=PREPARE)
+        made.receives.release("r")
+        made.open()
+        assert made.commands == [PREPARE, GiveUp("r", 256), *[Settle(256, "", closed=True)] * RANKS]
+
+
+async def test_a_request_planned_after_its_last_candidate_failed_hears_that_no_first_token_comes() -> None:
+    async with bench() as made:
+        remote = ScriptedPrefill("p0")
+        made.receives.expect("r", remote, first_token=True, prepare=PREPARE)
+        assert await made.next_command() == PREPARE
+        made.open()
+        await remote.called.wait()
+        remote.fail("gone")
+        assert await made.next_command() == Settle(256, "p0", closed=False)
+        assert await made.next_command() == GiveUp("r", 256)
+        assert made.commands == []
+        made.plan()
+        assert made.commands == [FirstToken("r", None)]
+        made.receives.release("r")
+        assert made.receives.unplanned == 0

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dynamo_lite.plane.layout import KvLayout
 from dynamo_lite.plane.wire import Incarnation, PushTarget
 from tests.unit.workers.connector.prompt import IDLE, Engine
-from workers.connector.protocol import PushStep, Skipped
+from workers.connector.protocol import PREPARED, PushStep, Skipped
 from workers.connector.scheduler import SchedulerSide
 
 SIZES = st.sampled_from([1, 2, 3, 4, 16, 32, 64, 128])
@@ -103,3 +103,22 @@ def test_a_prompt_that_is_here_already_is_not_asked_for() -> None:
     assert engine.side.remote_tokens(engine.request, 16) == 0
     engine.side.allocated(engine.request, cast(Any, None), 0)
     assert engine.reports == [Skipped("r", "prefix hit")]
+
+
+def test_a_prompt_that_was_prepared_is_received_under_the_id_it_was_asked_for_under() -> None:
+    engine = Engine(16, 100)
+    engine.request.kv_transfer_params[PREPARED] = (512, 2)
+    assert engine.side.remote_tokens(engine.request, 32) == 68
+    engine.side.allocated(engine.request, cast(Any, SimpleNamespace(get_block_ids=lambda: (engine.blocks,))), 68)
+    (receive,) = engine.side.plan(IDLE).receives
+    assert (receive.transfer_id, receive.first_block) == (512, 2)
+
+
+@pytest.mark.parametrize("computed", [0, 16, 48])
+def test_a_prompt_that_was_prepared_for_other_tokens_is_computed_here(computed: int) -> None:
+    engine = Engine(16, 100)
+    engine.request.kv_transfer_params[PREPARED] = (512, 2)
+    assert engine.side.remote_tokens(engine.request, computed) == 0
+    engine.side.allocated(engine.request, cast(Any, None), 0)
+    assert engine.reports == [Skipped("r", "prefix changed")]
+    assert engine.side.plan(IDLE).receives == []
