@@ -29,6 +29,15 @@ def test_cleared_forgets_all_copies_of_all_tiers() -> None:
     assert ledger.snapshot() == {}
 
 
+def test_a_prefix_ends_with_the_first_block_that_is_not_there() -> None:
+    ledger = BlockLedger()
+    ledger.fold([BlocksStored((1, 2, 4)), BlocksStored((3,), tier=Tier.HOST)])
+    assert ledger.prefix([1, 2, 3, 4]) == 2
+    assert ledger.prefix([3], Tier.HOST) == 1
+    assert ledger.prefix([9, 1]) == 0
+    assert ledger.prefix([]) == 0
+
+
 blocks = st.lists(st.integers(0, 6), max_size=4, unique=True).map(tuple)
 tiers = st.sampled_from([Tier.DEVICE, Tier.HOST])
 
