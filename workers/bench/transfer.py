@@ -107,8 +107,8 @@ def run(options: Options, console: Console) -> tuple[list[Bar], dict[str, Any]]:
         for one in paths.values():
             one.idle = one.pair.idle(options.idle_s)
             progress.advance(task)
-    bars = bars_of(limits, paths, options.device)
-    return bars, raw_of(limits, paths, options, load.cores())
+        other = load.cores()  # while the processes still run, or their time would count as that of others
+    return bars_of(limits, paths, options.device), raw_of(limits, paths, options, other)
 
 
 def _median(samples: Samples, scale: float) -> float:
