@@ -8,9 +8,12 @@ import msgspec
 import pytest
 from nixl._api import nixl_agent
 
+from dynamo_lite.plane.wire import RankTarget
 from tests.unit.workers.connector.pair import Side, pair, plan_receive, push, target_of
 from tests.unit.workers.connector.reports import WAIT_S
+from workers.connector.contacts import Contacts
 from workers.connector.protocol import Greeting, Meet, PeerGone, Peers, PushEnded, ReceiveEnded, ReceiveOpened
+from workers.errors import PeerLost
 from workers.transfer.fabric import Fabric
 
 MET, MEETING = {"met": 1, "meeting": 0, "silent": 0}, {"met": 0, "meeting": 1, "silent": 0}
@@ -114,3 +117,72 @@ def test_metadata_that_cannot_be_read_is_passed_over() -> None:
         meet(sender, receiver)
         meet(receiver, sender)
         until(sender, MET)
+
+
+class Wires:
+    """An engine all of whose peers are cut off, until they are `there`."""
+
+    def __init__(self) -> None:
+        self.there, self.attempts, self.renewed = False, 0, 0
+        self.sent: list[Greeting] = []
+
+    def metadata(self) -> bytes:
+        return b"me"
+
+    def connect(self, metadata: bytes) -> str:
+        self.attempts += 1
+        if not self.there:
+            raise PeerLost("no route")
+        return "peer:0"
+
+    def renew(self, peer: str) -> None:
+        self.renewed += 1
+
+    def disconnect(self, peer: str) -> None:
+        pass
+
+    def notify(self, peer: str, payload: bytes) -> None:
+        self.sent.append(msgspec.msgpack.decode(payload, type=Greeting))
+
+
+TARGET = RankTarget(b"card", "peer:0", 0, 0, "DRAM", 64, (0,))
+
+
+def test_pushes_to_a_peer_that_could_not_be_connected_fail_without_another_attempt_until_it_is_due() -> None:
+    wires = Wires()
+    contacts = Contacts(wires, 0, 0.05, lambda _: None)
+    for _ in range(3):
+        with pytest.raises(PeerLost):
+            contacts.reach(TARGET)
+    assert wires.attempts == 1
+    wires.there = True
+    deadline = time.monotonic() + WAIT_S
+    while not wires.sent:
+        assert time.monotonic() < deadline
+        contacts.progress()
+    assert contacts.reach(TARGET) == "peer:0"
+    assert not contacts.met("peer:0"), "it has not answered"
+    contacts.greeting("peer:0", Greeting(answer=True, number=wires.sent[-1].number))
+    assert contacts.met("peer:0")
+
+
+def test_a_peer_that_was_silent_in_a_transfer_is_greeted_at_once_and_connected_anew_when_it_does_not_answer() -> None:
+    wires = Wires()
+    wires.there = True
+    contacts = Contacts(wires, 0, 0.05, lambda _: None)
+    contacts.reach(TARGET)
+    contacts.greeting("peer:0", Greeting(answer=True, number=1))
+    contacts.progress()
+    assert len(wires.sent) == 1, "nothing is due"
+    contacts.doubt("peer:0")
+    contacts.progress()
+    assert len(wires.sent) == 2
+    assert contacts.met("peer:0"), "until it proves to be silent"
+    deadline = time.monotonic() + WAIT_S
+    while len(wires.sent) < 3:
+        assert time.monotonic() < deadline
+        contacts.progress()
+    assert not contacts.met("peer:0")
+    assert wires.renewed == 1
+    contacts.greeting("peer:0", Greeting(answer=True, number=2))
+    assert not contacts.met("peer:0"), "that was asked on the connection before"
