@@ -1,7 +1,8 @@
 """Rows of planes in host memory, copied by one compiled loop: torch's own calls cost as much as a 64 KiB row each.
 
 Compiled by Numba when this module is imported, in half a second; nothing is cached on disk. The loop runs without the
-interpreter, so the thread that computes the model goes on meanwhile.
+interpreter, so the thread that computes the model goes on meanwhile. A piece is small enough to stay in the caches on
+its way; the blocks it is scattered to are not, and are written past the caches, at twice the speed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from numba.extending import intrinsic
 from dynamo_lite.plane.layout import Runs
 
 _Words = npt.NDArray[np.int64]
+_LINE = 64  # bytes: a line of the caches of every processor that we know of
 
 
 @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
@@ -35,6 +37,31 @@ def _memcpy(context: Any, target: Any, source: Any, size: Any) -> Any:
     return types.void(types.int64, types.int64, types.int64), generate
 
 
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def _stream_line(context: Any, target: Any, source: Any) -> Any:
+    """Copy `_LINE` bytes to an aligned address past the caches: a plain store would first read what it overwrites."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = ir.VectorType(ir.IntType(8), _LINE).as_pointer()
+        to, origin = (builder.inttoptr(argument, pointer) for argument in arguments)
+        store = builder.store(builder.load(origin, align=1), to, align=_LINE)
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def _fence(context: Any) -> Any:
+    """Stores past the caches keep no order by themselves: after this, whoever sees a later store sees them."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
 @njit("void(i8[:,::1], i8[::1], i8, b1)", nogil=True)  # type: ignore[untyped-decorator, unused-ignore]
 def _copy(where: _Words, ids: _Words, piece: int, scatter: bool) -> None:
     """`where`, `[planes, 5]`: address of row 0's first run, bytes between rows, of a run, between runs; runs."""
@@ -43,12 +70,17 @@ def _copy(where: _Words, ids: _Words, piece: int, scatter: bool) -> None:
         for block in ids:
             row = first + block * stride
             for _ in range(count):
-                if scatter:
+                if not scatter:
+                    _memcpy(piece, row, size)
+                elif row % _LINE or size % _LINE:
                     _memcpy(row, piece, size)
                 else:
-                    _memcpy(piece, row, size)
+                    for byte in range(0, size, _LINE):
+                        _stream_line(row + byte, piece + byte)
                 row += pitch
                 piece += size
+    if scatter:
+        _fence()
 
 
 class NativeRows:

@@ -19,7 +19,9 @@ def runs_of_a_row(draw: st.DrawFn) -> tuple[int, Runs]:
     size, count = draw(st.integers(1, 40)), draw(st.integers(1, 4))
     pitch = size if count == 1 else size + draw(st.integers(0, 9))
     start = draw(st.integers(0, 9))
-    return start + pitch * count + draw(st.integers(0, 9)), Runs(start, size, pitch, count)
+    unit = draw(st.sampled_from([1, 64]))  # whole lines of the cache are written by other instructions
+    row = start + pitch * count + draw(st.integers(0, 9))
+    return row * unit, Runs(start * unit, size * unit, pitch * unit, count)
 
 
 def planes(rows: list[tuple[int, Runs]], seed: int) -> list[torch.Tensor]:
