@@ -37,12 +37,15 @@ def pause(sender: MoverProcess, receiver: MoverProcess) -> PushTarget:
     return target
 
 
-def give_up(receiver: MoverProcess, sender: MoverProcess, *, closed: bool = False) -> None:
+def give_up(
+    receiver: MoverProcess, sender: MoverProcess, request_id: str = "r", transfer_id: int = FIRST, *,
+    closed: bool = False,
+) -> None:  # fmt: skip
     """As the worker process does when it hears nothing of the sender any more, or that it has ended (`closed`)."""
-    receiver.command(Settle(FIRST, sender.incarnation, closed=closed))
-    receiver.command(GiveUp("r", FIRST))
+    receiver.command(Settle(transfer_id, sender.incarnation, closed=closed))
+    receiver.command(GiveUp(request_id, transfer_id))
     assert receiver.reports.take(ReceiveEnded).cause == "given up"
-    receiver.tells_vllm(received={"r-engine"}, invalid=set(PLACED))
+    receiver.tells_vllm(received={f"{request_id}-engine"}, invalid=set(PLACED))
     receiver.releases("receive")
 
 
@@ -59,6 +62,19 @@ def completes(sender: MoverProcess, receiver: MoverProcess, transfer_id: int = 5
         (index, *pair) for index, pair in enumerate(zip(found, sent, strict=True)) if pair[0] != pair[1]
     ]
     receiver.tells_vllm(received={f"{transfer_id}-engine"})
+
+
+def completes_again(sender: MoverProcess, receiver: MoverProcess, transfer_id: int = 512) -> None:
+    """After a break. A connection that broke while it was idle is found by whoever uses it first: that one may fail."""
+    sender.push(receiver.receive(PLACED, "again", transfer_id), SENT, "again")
+    if (cause := sender.reports.take(PushEnded, "again").cause) == "":
+        assert receiver.reports.take(ReceiveEnded, "again").cause == ""
+        receiver.tells_vllm(received={"again-engine"})
+    else:
+        assert cause in LOST
+        give_up(receiver, sender, "again", transfer_id)
+    know(sender, receiver, met=1)
+    completes(sender, receiver, transfer_id + 256)
 
 
 def complete_or_given_up(receiver: MoverProcess, sender: MoverProcess) -> None:

@@ -7,7 +7,18 @@ from collections.abc import Iterator
 import pytest
 
 from tests.integration.workers.cable import DEVICE, Cable, cable, why_no_cable
-from tests.integration.workers.exchange import FIRST, LOST, PLACED, SENT, acquainted, begin, completes, give_up, pause
+from tests.integration.workers.exchange import (
+    FIRST,
+    LOST,
+    PLACED,
+    SENT,
+    acquainted,
+    begin,
+    completes,
+    completes_again,
+    give_up,
+    pause,
+)
 from tests.integration.workers.mover_process import SLACK_S, TIMEOUT_S, MoverProcess, know, movers, rest, until, within
 from workers.connector.protocol import PushEnded, StopPush
 
@@ -39,8 +50,8 @@ def test_a_push_over_a_cut_link_ends_in_time_and_both_sides_exchange_kv_again_on
     joined.mend()
     rest(receiver, sender)
     know(sender, receiver, met=1)
-    completes(sender, receiver)
-    completes(receiver, sender, 1024)
+    completes_again(sender, receiver)
+    completes_again(receiver, sender, 1024)
     rest(sender, receiver)
 
 
@@ -57,7 +68,7 @@ def test_a_write_that_a_cut_link_leaves_hanging_ends_by_itself_within_a_second_d
     give_up(receiver, sender)
     joined.mend()
     rest(receiver, sender)
-    completes(sender, receiver)
+    completes_again(sender, receiver)
 
 
 def test_a_worker_that_cannot_be_reached_keeps_transfers_to_others_waiting_for_no_moment() -> None:

@@ -15,6 +15,7 @@ from tests.integration.workers.exchange import (
     begin,
     complete_or_given_up,
     completes,
+    completes_again,
     give_up,
     pause,
 )
@@ -69,7 +70,7 @@ def test_a_push_that_is_cancelled_while_a_write_is_under_way_is_closed_once_that
             sender.releases("push")  # its blocks are free: the write reads staging
         complete_or_given_up(receiver, sender)
         rest(sender, receiver)
-        completes(sender, receiver)
+        completes_again(sender, receiver)
 
 
 @WAYS
@@ -104,7 +105,7 @@ def test_a_push_to_a_frozen_receiver_ends_by_its_deadline_before_its_first_piece
         give_up(receiver, sender)
         rest(receiver)
         assert receiver.values(PLACED) == receiver.expected(PLACED), "nothing was written"
-        completes(sender, receiver)
+        completes_again(sender, receiver)
 
 
 @WAYS
@@ -119,4 +120,4 @@ def test_a_push_to_a_frozen_receiver_ends_by_its_deadline_between_pieces_or_in_o
             sender.push_ends_with(*("",) if way == "shm" else LOST)
         complete_or_given_up(receiver, sender)
         rest(sender, receiver)
-        completes(sender, receiver)
+        completes_again(sender, receiver)

@@ -6,7 +6,16 @@ from typing import Literal
 
 import pytest
 
-from tests.integration.workers.exchange import LOST, PLACED, SENT, acquainted, begin, completes, give_up
+from tests.integration.workers.exchange import (
+    LOST,
+    PLACED,
+    SENT,
+    acquainted,
+    begin,
+    completes,
+    completes_again,
+    give_up,
+)
 from tests.integration.workers.mover_process import TIMEOUT_S, movers, rest, within
 from workers.connector.protocol import PeerGone, PushEnded
 
@@ -83,4 +92,4 @@ def test_a_sender_ends_within_its_deadline_when_its_receiver_is_frozen_and_serve
             sender.releases("push")
         give_up(receiver, sender)
         rest(receiver, sender)
-        completes(sender, receiver)
+        completes_again(sender, receiver)
