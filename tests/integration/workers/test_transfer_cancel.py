@@ -105,7 +105,7 @@ def test_a_push_to_a_frozen_receiver_ends_by_its_deadline_before_its_first_piece
         give_up(receiver, sender)
         rest(receiver)
         assert receiver.values(PLACED) == receiver.expected(PLACED), "nothing was written"
-        completes_again(sender, receiver)
+        completes(sender, receiver)
 
 
 @WAYS
