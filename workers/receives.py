@@ -50,12 +50,11 @@ class Receive:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     unwanted: bool = False
     driven: bool = False
-    over: bool = False  # no candidate is asked any more
+    over: bool = False  # no candidate is asked any more: the driver has ended, or it waited too long for staging
     prepared: Prepare | None = None  # staging was asked for before vLLM has planned the receive
     planned: set[int] = field(default_factory=set)  # ranks that know vLLM's plan
     skipped: str = ""  # why vLLM has planned none after all
     corrupt: bool = False  # a piece of the current attempt was not what was sent
-    handed_back: bool = False  # it waited too long for staging, and is computed here
     local_blocks: int | None = None  # found on the device by the scheduler; None until a remote prefill was chosen
     first_token: asyncio.Future[int] | None = None  # chosen by a prefill worker; None: not wanted
     chosen: int | None = None  # the token it will be
@@ -138,7 +137,7 @@ class Receives:
             case ReceiveEnded() if report.cause == NO_STAGING:
                 if receive is not None:
                     receive.remote.skipped(NO_STAGING)
-                    receive.handed_back = receive.over = True
+                    receive.over = True
                     self._tell(receive)
                     receive.changed.set()
             case ReceiveEnded():
@@ -155,7 +154,7 @@ class Receives:
         receive.changed.set()
 
     def _opened(self, receive: Receive | None, report: ReceiveOpened) -> None:
-        if receive is None:  # aborted in the meantime: nobody was asked, so nobody will write
+        if receive is None or receive.over:  # granted too late: nobody was asked, so nobody will write
             self._command(Settle(report.transfer_id, "", closed=True))
             return
         receive.opened[report.rank] = report
@@ -239,7 +238,7 @@ class Receives:
         """Whether every rank got staging for the attempt. Ranks may disagree: then none of them is to wait on."""
         try:
             async with asyncio.timeout(self._timeout_s * _STAGING_PATIENCE):
-                while len(receive.opened) < self._ranks and not receive.unwanted and not receive.handed_back:
+                while len(receive.opened) < self._ranks and not receive.unwanted and not receive.over:
                     await self._change(receive)
         except TimeoutError:
             receive.remote.skipped(NO_STAGING)

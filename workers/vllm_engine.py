@@ -319,6 +319,9 @@ class VllmEngine:
         """
         assert self._receives is not None
         assert self._feed is not None
+        least = self._spec.config.kv_transfer.min_remote_tokens
+        if len(job.token_ids) < least:
+            return None
         stats, size = self._stats, self._config.cache_config.block_size
         ahead = self._receives.unplanned
         room = not stats.waiting and stats.running + ahead < self._workers.max_num_seqs
@@ -327,7 +330,7 @@ class VllmEngine:
             return None
         local = self._feed.local_blocks(job.token_ids, size, job.cache_salt)
         tokens = len(job.token_ids) - local * size
-        if tokens < self._spec.config.kv_transfer.min_remote_tokens:
+        if tokens < least:
             return None
         return Prepare(job.request_id, new_transfer_id(), local, tokens)
 

@@ -7,6 +7,7 @@ import os
 import signal
 import statistics
 import time
+from contextlib import ExitStack, closing, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,10 @@ class Engine:
         return self.take(REQUEST_S)
 
     def close(self) -> None:
-        if self._process.pid is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)  # asked nicely, it waits for connections that nobody closes
+        """Asked nicely, it would wait for connections that nobody closes."""
+        with suppress(ProcessLookupError):  # it has not become a group yet, or has ended
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
         self._process.join(10)
 
 
@@ -71,18 +74,14 @@ def main(folder: Path, quick: bool) -> dict[str, Any]:
     """Seconds to the first token: prefill and transfer (`remote_s`), and computed by the decode engine (`local_s`)."""
     model = str(make(folder / "model"))
     started = time.perf_counter()
-    first, second = Engine("prefill", model, 5701), None
-    try:
-        first.take(START_S)
-        second = Engine("decode", model, 5801)  # one after the other: vLLM measures free memory while it starts
+    with ExitStack() as engines:
+        first = engines.enter_context(closing(Engine("prefill", model, 5701)))
+        first.take(START_S)  # one after the other: vLLM measures free memory while it starts
+        second = engines.enter_context(closing(Engine("decode", model, 5801)))
         second.take(START_S)
         found: dict[str, Any] = {"ready_s": time.perf_counter() - started}
         for length in LENGTHS[:3] if quick else LENGTHS:
             found[str(length)] = compare(first, second, length, 2 if quick else 5)
-    finally:
-        first.close()
-        if second is not None:
-            second.close()
     return found
 
 

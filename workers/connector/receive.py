@@ -126,13 +126,13 @@ class Receiver:
     def _attach(self, plan: ReceivePlan) -> bool:
         """To the receive that was prepared for it, of which pieces may have come."""
         for index, (waiting, until) in enumerate(self._waiting):
-            if waiting.request_id == plan.request_id:
+            if waiting.request_id == plan.request_id and not waiting.block_ids:
                 self._waiting[index] = (replace(plan, transfer_id=waiting.transfer_id), until)
                 return True
         receive = self._open.get(self._by_request.get(plan.request_id, -1))
-        if receive is None:
+        if receive is None or receive.plan.block_ids:
             return False
-        receive.plan = plan
+        receive.plan = replace(plan, transfer_id=receive.transfer_id)  # of the present attempt
         for sender, piece in receive.early:
             self.piece(sender, piece)
         receive.early.clear()

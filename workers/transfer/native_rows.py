@@ -24,7 +24,7 @@ _Words = npt.NDArray[np.int64]
 _LINE = 64  # bytes: a line of the caches of every processor that we know of
 
 
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+@intrinsic
 def _memcpy(context: Any, target: Any, source: Any, size: Any) -> Any:
     """LLVM's memcpy between two addresses; Numba itself only copies arrays element by element."""
 
@@ -37,7 +37,7 @@ def _memcpy(context: Any, target: Any, source: Any, size: Any) -> Any:
     return types.void(types.int64, types.int64, types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+@intrinsic
 def _stream_line(context: Any, target: Any, source: Any) -> Any:
     """Copy `_LINE` bytes to an aligned address past the caches: a plain store would first read what it overwrites."""
 
@@ -51,7 +51,7 @@ def _stream_line(context: Any, target: Any, source: Any) -> Any:
     return types.void(types.int64, types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+@intrinsic
 def _fence(context: Any) -> Any:
     """Stores past the caches keep no order by themselves: after this, whoever sees a later store sees them."""
 
@@ -62,7 +62,7 @@ def _fence(context: Any) -> Any:
     return types.void(), generate
 
 
-@njit("void(i8[:,::1], i8[::1], i8, b1)", nogil=True)  # type: ignore[untyped-decorator, unused-ignore]
+@njit("void(i8[:,::1], i8[::1], i8, b1)", nogil=True)
 def _copy(where: _Words, ids: _Words, piece: int, scatter: bool) -> None:
     """`where`, `[planes, 5]`: address of row 0's first run, bytes between rows, of a run, between runs; runs."""
     for plane in range(where.shape[0]):

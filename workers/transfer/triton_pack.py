@@ -14,7 +14,7 @@ _WORD = 8  # bytes; a thread copies two at once where everything is aligned to 1
 _CHUNK = 2048  # words a program copies
 
 
-@triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator, unused-ignore]  # Triton is not there where mypy runs
+@triton.jit(do_not_specialize=["count"])
 def _copy(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913, PLR0917
     bases,  # noqa: ANN001  # int64 [planes]: address of the first run of each plane's row 0
     strides,  # noqa: ANN001  # int64 [planes]: bytes from one row to the next

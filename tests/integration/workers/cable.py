@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
+
 DEVICE = "cable"  # the cable's end, in either namespace
 _TIMEOUT_S = 10
 _NEW_NETWORK, _NEW_MOUNTS = 0x40000000, 0x00020000  # CLONE_NEWNET, CLONE_NEWNS
@@ -84,7 +86,7 @@ def _ip(*arguments: str) -> str:
     return done.stdout
 
 
-def why_no_cable() -> str:
+def _why_not() -> str:
     """Empty where namespaces can be made."""
     if shutil.which("ip") is None:
         return "iproute2 is not installed"
@@ -107,3 +109,7 @@ def cable() -> Iterator[Cable]:
     finally:
         for end in made.ends:
             subprocess.run(["ip", "netns", "del", end], capture_output=True, timeout=_TIMEOUT_S, check=False)
+
+
+WHY_NOT = _why_not()
+NEEDS_NAMESPACES = pytest.mark.skipif(bool(WHY_NOT), reason=f"needs network namespaces: {WHY_NOT}")

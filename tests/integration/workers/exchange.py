@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import pytest
+
 from dynamo_lite.plane.wire import PushTarget
 from tests.integration.workers.mover_process import MoverProcess, know, until
 from workers.connector.protocol import GiveUp, PushEnded, ReceiveEnded, Settle
 
 SENT, PLACED = list(range(80)), list(range(10, 90))
 FIRST = 256  # a transfer id
+Way = Literal["shm", "tcp"]
+WAYS = pytest.mark.parametrize("way", ["shm", "tcp"])
 LOST = ("peer_lost", "receiver_silent", "deadline", "in_flight")
 
 
-def acquainted(*processes: MoverProcess) -> None:
-    """All of them have met all others."""
+def acquainted(*processes: MoverProcess) -> tuple[MoverProcess, ...]:
+    """The same, once all of them have met all others."""
     for one in processes:
         for other in processes:
             if one is not other:
                 one.meet(other)
     know(*processes, met=len(processes) - 1)
+    return processes
 
 
 def begin(sender: MoverProcess, receiver: MoverProcess) -> PushTarget:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import msgspec
-import pytest
 
 from dynamo_lite.plane.wire import PushTarget
-from tests.integration.workers.cable import DEVICE, cable, why_no_cable
+from tests.integration.workers.cable import DEVICE, NEEDS_NAMESPACES, cable
 from tests.integration.workers.exchange import FIRST, LOST, PLACED, SENT, acquainted, completes
 from tests.integration.workers.mover_process import MoverProcess, know, movers, rest
 from workers.connector.protocol import PeerGone, PushEnded, ReceiveEnded
 from workers.transfer.fabric import Card
 
-WHY_NOT = why_no_cable()
 
-
-@pytest.mark.skipif(bool(WHY_NOT), reason=f"needs network namespaces: {WHY_NOT}")
-def test_what_is_meant_for_a_killed_worker_never_reaches_the_one_that_has_its_address_now() -> None:
+@NEEDS_NAMESPACES
+def test_what_is_meant_for_a_killed_worker_never_reaches_its_successor_at_the_same_address_in_network_namespaces() -> (
+    None
+):
     with cable() as joined, movers("tcp") as start:
         sender = start(1000, within=joined.ends[0], UCX_NET_DEVICES=DEVICE)
         there = {"UCX_NET_DEVICES": DEVICE, "UCX_TCP_PORT_RANGE": "20830-20830"}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import pytest
-
 from tests.integration.workers.exchange import (
     FIRST,
     LOST,
     PLACED,
     SENT,
+    WAYS,
+    Way,
     acquainted,
     begin,
     complete_or_given_up,
@@ -22,15 +20,11 @@ from tests.integration.workers.exchange import (
 from tests.integration.workers.mover_process import movers, rest, until
 from workers.connector.protocol import ReceiveEnded, Settle, StopPush
 
-Way = Literal["shm", "tcp"]
-WAYS = pytest.mark.parametrize("way", ["shm", "tcp"])
-
 
 @WAYS
 def test_a_push_that_is_cancelled_before_its_first_piece_never_writes(way: Way) -> None:
     with movers(way) as start:
-        sender, receiver = start(1000), start(2000)
-        acquainted(sender, receiver)
+        sender, receiver = acquainted(start(1000), start(2000))
         target = receiver.receive(PLACED, "r", FIRST)
         sender.command(StopPush("r"))
         sender.push_ends_with("cancelled")
@@ -45,8 +39,7 @@ def test_a_push_that_is_cancelled_before_its_first_piece_never_writes(way: Way) 
 @WAYS
 def test_a_push_that_is_cancelled_between_two_pieces_is_closed_at_once(way: Way) -> None:
     with movers(way) as start:
-        sender, receiver = start(1000), start(2000)
-        acquainted(sender, receiver)
+        sender, receiver = acquainted(start(1000), start(2000))
         pause(sender, receiver)
         sender.command(StopPush("r"))
         sender.push_ends_with("cancelled")
@@ -59,8 +52,7 @@ def test_a_push_that_is_cancelled_between_two_pieces_is_closed_at_once(way: Way)
 
 def test_a_push_that_is_cancelled_while_a_write_is_under_way_is_closed_once_that_has_ended() -> None:
     with movers("tcp") as start:
-        sender, receiver = start(1000), start(2000)
-        acquainted(sender, receiver)
+        sender, receiver = acquainted(start(1000), start(2000))
         target = pause(sender, receiver)
         with receiver.frozen():
             sender.push(target, SENT[-1:], "r", first=79)
@@ -78,8 +70,7 @@ def test_a_receive_that_is_aborted_in_the_middle_frees_its_blocks_at_once_and_it
     way: Way,
 ) -> None:
     with movers(way) as start:
-        sender, receiver = start(1000), start(2000)
-        acquainted(sender, receiver)
+        sender, receiver = acquainted(start(1000), start(2000))
         begin(sender, receiver)
         receiver.abort("r")
         assert receiver.reports.take(ReceiveEnded).cause == "cancelled"
@@ -111,8 +102,7 @@ def test_a_push_to_a_frozen_receiver_ends_by_its_deadline_before_its_first_piece
 @WAYS
 def test_a_push_to_a_frozen_receiver_ends_by_its_deadline_between_pieces_or_in_one(way: Way) -> None:
     with movers(way) as start:
-        sender, receiver = start(1000), start(2000)
-        acquainted(sender, receiver)
+        sender, receiver = acquainted(start(1000), start(2000))
         target = pause(sender, receiver)
         with receiver.frozen():
             sender.push(target, SENT[-1:], "r", first=79)

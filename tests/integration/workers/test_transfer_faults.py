@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import pytest
-
 from tests.integration.workers.exchange import (
     LOST,
     PLACED,
     SENT,
+    WAYS,
+    Way,
     acquainted,
     begin,
     completes,
@@ -19,15 +17,11 @@ from tests.integration.workers.exchange import (
 from tests.integration.workers.mover_process import TIMEOUT_S, movers, rest, within
 from workers.connector.protocol import PeerGone, PushEnded
 
-Way = Literal["shm", "tcp"]
-WAYS = pytest.mark.parametrize("way", ["shm", "tcp"])
-
 
 @WAYS
 def test_a_killed_sender_costs_its_receiver_nothing_but_another_attempt(way: Way) -> None:
     with movers(way) as start:
-        sender, another, receiver = start(1000), start(2000), start(3000)
-        acquainted(sender, another, receiver)
+        sender, another, receiver = acquainted(start(1000), start(2000), start(3000))
         begin(sender, receiver)
         sender.kill()
         give_up(receiver, sender)
@@ -40,8 +34,7 @@ def test_a_killed_sender_costs_its_receiver_nothing_but_another_attempt(way: Way
 @WAYS
 def test_what_a_frozen_sender_writes_after_it_thaws_shows_in_no_block(way: Way) -> None:
     with movers(way) as start:
-        sender, another, receiver = start(1000), start(2000), start(3000)
-        acquainted(sender, another, receiver)
+        sender, another, receiver = acquainted(start(1000), start(2000), start(3000))
         begin(sender, receiver)
         with sender.frozen():
             give_up(receiver, sender)
@@ -56,8 +49,7 @@ def test_what_a_frozen_sender_writes_after_it_thaws_shows_in_no_block(way: Way) 
 @WAYS
 def test_a_frozen_receiver_keeps_transfers_to_others_waiting_for_no_moment(way: Way) -> None:
     with movers(way) as start:
-        sender, frozen, another = start(1000), start(2000), start(3000)
-        acquainted(sender, frozen, another)
+        sender, frozen, another = acquainted(start(1000), start(2000), start(3000))
         begin(sender, frozen)
         with frozen.frozen():
             with within(TIMEOUT_S):
@@ -72,8 +64,7 @@ def test_a_frozen_receiver_keeps_transfers_to_others_waiting_for_no_moment(way: 
 @WAYS
 def test_a_sender_ends_within_its_deadline_when_its_receiver_is_killed(way: Way) -> None:
     with movers(way) as start:
-        sender, receiver, another = start(1000), start(2000), start(3000)
-        acquainted(sender, receiver, another)
+        sender, receiver, another = acquainted(start(1000), start(2000), start(3000))
         begin(sender, receiver)
         receiver.kill()
         sender.push_ends_with(*LOST)
@@ -84,8 +75,7 @@ def test_a_sender_ends_within_its_deadline_when_its_receiver_is_killed(way: Way)
 @WAYS
 def test_a_sender_ends_within_its_deadline_when_its_receiver_is_frozen_and_serves_it_when_it_thaws(way: Way) -> None:
     with movers(way) as start:
-        sender, receiver = start(1000), start(2000)
-        acquainted(sender, receiver)
+        sender, receiver = acquainted(start(1000), start(2000))
         begin(sender, receiver)
         with receiver.frozen():
             sender.push_ends_with(*LOST)

@@ -387,3 +387,19 @@ async def test_a_request_planned_after_its_last_candidate_failed_hears_that_no_f
         assert made.commands == [FirstToken("r", None)]
         made.receives.release("r")
         assert made.receives.unplanned == 0
+
+
+async def test_staging_granted_after_the_last_candidate_failed_is_free_at_once_though_the_plan_is_still_to_come() -> (
+    None
+):
+    async with bench() as made:
+        remote = ScriptedPrefill("p0")
+        made.receives.expect("r", remote, prepare=PREPARE)
+        assert await made.next_command() == PREPARE
+        made.open()
+        await remote.called.wait()
+        remote.fail("refused")
+        assert await made.next_command() == Settle(256, "p0", closed=True)
+        assert await made.next_command() == GiveUp("r", 256)
+        made.open(257)
+        assert made.commands == [Settle(257, "", closed=True)] * RANKS

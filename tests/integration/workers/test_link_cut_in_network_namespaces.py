@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.integration.workers.cable import DEVICE, Cable, cable, why_no_cable
+from tests.integration.workers.cable import DEVICE, NEEDS_NAMESPACES, Cable, cable
 from tests.integration.workers.exchange import (
     FIRST,
     LOST,
@@ -22,8 +22,7 @@ from tests.integration.workers.exchange import (
 from tests.integration.workers.mover_process import SLACK_S, TIMEOUT_S, MoverProcess, know, movers, rest, until, within
 from workers.connector.protocol import PushEnded, StopPush
 
-WHY_NOT = why_no_cable()
-pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=f"needs network namespaces: {WHY_NOT}")
+pytestmark = NEEDS_NAMESPACES
 FILLS = (1000, 2000, 3000)
 Apart = tuple[Cable, MoverProcess, MoverProcess]
 
