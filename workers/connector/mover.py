@@ -59,6 +59,7 @@ _POLL_WAITING_S = 0.001
 _POLL_DEADLINES_S = 0.05  # nothing has to be polled for: whatever happens wakes us
 _MOVING_S = 0.002  # after the last piece, credit or write: more are likely to come
 _LINGER_S = 0.1  # after the last transfer: a notification may still wait in UCX for somebody to poll
+_HOLDS_S = 0.02  # between two reports of what is held, which every piece changes
 _JOIN_TIMEOUT_S = 5.0
 _SWITCH_S = 0.0002  # the thread that runs the model would otherwise keep the interpreter for up to 5 ms at a time
 
@@ -111,6 +112,8 @@ class Mover:
         self._stopped = False
         self._changed = threading.Event()
         self._held = Holds(settings.rank, {})
+        self._told = -_HOLDS_S  # when it was
+        self._told_late = False  # it may have changed since
         self._moved = 0.0  # when anything last did
         self._thread = threading.Thread(target=self._live, name="dynamo-lite-mover", daemon=True)
         self._thread.start()
@@ -202,7 +205,7 @@ class Mover:
                     self._todo.popleft()()
                 self._poll()
             last = now
-            self._tell_holds()
+            self._tell_holds(now, late=now - self._told < _HOLDS_S)
         self._sender.fail_all("shutdown")
         self._engine.close()
 
@@ -210,8 +213,10 @@ class Mover:
         quiet_s = time.monotonic() - self._moved
         polled = self._engine.polled
         if self._sender.active or self._receiver.active or self._contacts.active or (polled and quiet_s < _LINGER_S):
+            if not (polled or self._device.type == "cuda"):
+                return _POLL_DEADLINES_S
             return _POLL_MOVING_S if quiet_s < _MOVING_S else _POLL_WAITING_S if polled else _POLL_DEADLINES_S
-        return self._contacts.idle_s
+        return _HOLDS_S if self._told_late else self._contacts.idle_s
 
     def _poll(self) -> None:
         for note in self._notifications():
@@ -290,11 +295,16 @@ class Mover:
             case StopPush():
                 self._sender.stop(command.request_id)
             case Probe():
+                self._tell_holds(time.monotonic(), late=False)
                 self._report(Alive(self._settings.rank))
 
-    def _tell_holds(self) -> None:
+    def _tell_holds(self, now: float, *, late: bool) -> None:
+        """If they have changed. `late`: not yet, but before long."""
+        self._told_late = late
+        if late:
+            return
         staged = sum(staging.used for staging in self._stagings)
         holds = Holds(self._settings.rank, self._sender.holds() | self._receiver.holds(), staged)
         if holds != self._held:
-            self._held = holds
+            self._held, self._told = holds, now
             self._report(holds)

@@ -279,7 +279,7 @@ class Receiver:
         part = share(layout, self._rank, heads, self._staging.slot_bytes)
         if piece.count * layout.part_bytes(piece.heads) > len(part):
             return None
-        return heads, self._staging.bytes_of((piece.slot,))[part.start : part.stop]
+        return heads, self._staging.bytes_of((piece.slot,)).narrow(0, part.start, len(part))
 
     def progress(self) -> bool:
         """Take note of what was scattered; True when anything was."""

@@ -60,4 +60,4 @@ class Staging:
 
     def bytes_of(self, slots: Sequence[int]) -> torch.Tensor:
         """Of adjacent slots."""
-        return self._memory[slots[0] * self.slot_bytes : (slots[-1] + 1) * self.slot_bytes]
+        return self._memory.narrow(0, slots[0] * self.slot_bytes, (slots[-1] + 1 - slots[0]) * self.slot_bytes)

@@ -186,7 +186,7 @@ class Fabric:
         for window in peer.windows if peer is not None else ():
             first = target.address + offset - window.address
             if 0 <= first <= len(window.bytes) - size:
-                return window.bytes[first : first + size]
+                return window.bytes.narrow(0, first, size)
         return None
 
     # ---- moving ----

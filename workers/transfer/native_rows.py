@@ -1,8 +1,9 @@
 """Rows of planes in host memory, copied by one compiled loop: torch's own calls cost as much as a 64 KiB row each.
 
 Compiled by Numba when this module is imported, in half a second; nothing is cached on disk. The loop runs without the
-interpreter, so the thread that computes the model goes on meanwhile. A piece is small enough to stay in the caches on
-its way; the blocks it is scattered to are not, and are written past the caches, at twice the speed.
+interpreter, so the thread that computes the model goes on meanwhile. It writes past the caches: blocks do not fit into
+them, and a staging slot that another core has just read is in that core's. Where the two cores share no cache, as on
+processors of several dies, taking line after line back from it made gathering five times slower.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dynamo_lite.plane.layout import Runs
 
 _Words = npt.NDArray[np.int64]
 _LINE = 64  # bytes: a line of the caches of every processor that we know of
+_AHEAD = 1024  # bytes: processors fetch ahead by themselves, but not from one page of 4 KiB into the next
 
 
 @intrinsic
@@ -52,6 +54,22 @@ def _stream_line(context: Any, target: Any, source: Any) -> Any:
 
 
 @intrinsic
+def _fetch_line(context: Any, source: Any) -> Any:
+    """Have a line read that is needed soon, and only once. Any address will do."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = ir.IntType(32)
+        pointer = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        read, once, data = number(0), number(0), number(1)
+        builder.call(fetch, [builder.inttoptr(arguments[0], pointer), read, once, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
 def _fence(context: Any) -> Any:
     """Stores past the caches keep no order by themselves: after this, whoever sees a later store sees them."""
 
@@ -62,25 +80,31 @@ def _fence(context: Any) -> Any:
     return types.void(), generate
 
 
-@njit("void(i8[:,::1], i8[::1], i8, b1)", nogil=True)
-def _copy(where: _Words, ids: _Words, piece: int, scatter: bool) -> None:
-    """`where`, `[planes, 5]`: address of row 0's first run, bytes between rows, of a run, between runs; runs."""
+@njit("b1(i8[:,::1], i8[::1], i8, i8, b1)", nogil=True)
+def _copy(where: _Words, ids: _Words, blocks: int, piece: int, scatter: bool) -> bool:
+    """False, and nothing is copied, unless every id is one of `blocks`.
+
+    `where`, `[planes, 5]`: address of row 0's first run, bytes between rows, of a run, between runs; runs.
+    """
+    for block in ids:
+        if not 0 <= block < blocks:
+            return False
     for plane in range(where.shape[0]):
         first, stride, size, pitch, count = where[plane]
         for block in ids:
             row = first + block * stride
             for _ in range(count):
-                if not scatter:
-                    _memcpy(piece, row, size)
-                elif row % _LINE or size % _LINE:
-                    _memcpy(row, piece, size)
+                target, source = (row, piece) if scatter else (piece, row)
+                if target % _LINE or size % _LINE:
+                    _memcpy(target, source, size)
                 else:
                     for byte in range(0, size, _LINE):
-                        _stream_line(row + byte, piece + byte)
+                        _fetch_line(source + byte + _AHEAD)
+                        _stream_line(target + byte, source + byte)
                 row += pitch
                 piece += size
-    if scatter:
-        _fence()
+    _fence()
+    return True
 
 
 class NativeRows:
@@ -107,8 +131,7 @@ class NativeRows:
     def _move(self, ids: torch.Tensor, piece: torch.Tensor, *, scatter: bool) -> None:
         """Raises IndexError rather than touch memory that is not ours."""
         numbers = ids.numpy()
-        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < self._blocks:
-            raise IndexError(f"blocks {numbers.min()}…{numbers.max()} are not all among {self._blocks}")
         if not piece.is_contiguous() or piece.numel() < len(numbers) * self.block_bytes:
             raise IndexError(f"{piece.numel()} bytes do not hold {len(numbers)} blocks of {self.block_bytes}")
-        _copy(self._where, numbers, piece.data_ptr(), scatter)
+        if not _copy(self._where, numbers, self._blocks, piece.data_ptr(), scatter):
+            raise IndexError(f"blocks {numbers.min()}…{numbers.max()} are not all among {self._blocks}")

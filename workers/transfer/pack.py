@@ -7,6 +7,7 @@ of its blocks. Where the two layouts agree that is a copy of rows; where they do
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from workers.transfer.layout import Planes
 from workers.transfer.ready import Ready
 from workers.transfer.rows import Rows, TorchRows
 from workers.transfer.span import BlockIds, Span
+
+_NOTHING = nullcontext()
 
 
 class Copy:
@@ -117,13 +120,17 @@ class Copier:
 
     def index(self, block_ids: Sequence[int] | BlockIds) -> torch.Tensor:
         """On the device, as of the current stream: from pageable memory CUDA takes a copy before this returns."""
-        return torch.from_numpy(np.ascontiguousarray(block_ids, dtype=np.int64)).to(self._device, non_blocking=True)
+        ids = torch.from_numpy(np.ascontiguousarray(block_ids, dtype=np.int64))
+        return ids if self._stream is None else ids.to(self._device, non_blocking=True)
 
-    def after(self, ready: Ready | None = None) -> torch.cuda.StreamContext:
+    def after(self, ready: Ready | None = None) -> AbstractContextManager[object]:
         """What is done inside goes on this copier's stream, after `ready`. Without CUDA it simply is done."""
-        if self._stream is not None and ready is not None:
+        if self._stream is None:
+            return _NOTHING
+        if ready is not None:
             ready.before(self._stream)
-        return torch.cuda.stream(self._stream)
+        stream: AbstractContextManager[object] = torch.cuda.stream(self._stream)
+        return stream
 
     def begun(self, size: int) -> Copy:
         """What was put on this copier's stream so far, as one copy of that many bytes."""

@@ -45,6 +45,7 @@ def test_a_push_over_a_cut_link_ends_in_time_and_both_sides_exchange_kv_again_on
     sender.push_ends_with(*LOST)
     sender.releases("push", "in_flight")
     give_up(receiver, sender)
+    receiver.look()
     assert receiver.reports.holding("quarantine") > 0, "the sender cannot say that it has ended"
     joined.mend()
     rest(receiver, sender)

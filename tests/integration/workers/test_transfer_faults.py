@@ -26,6 +26,7 @@ def test_a_killed_sender_costs_its_receiver_nothing_but_another_attempt(way: Way
         sender.kill()
         give_up(receiver, sender)
         completes(another, receiver)
+        receiver.look()
         assert receiver.reports.holding("quarantine") > 0, "nobody has said yet that it is gone"
         receiver.command(PeerGone(sender.incarnation))
         rest(receiver, another)
@@ -39,6 +40,7 @@ def test_what_a_frozen_sender_writes_after_it_thaws_shows_in_no_block(way: Way) 
         with sender.frozen():
             give_up(receiver, sender)
             completes(another, receiver)
+            receiver.look()
             assert receiver.reports.holding("quarantine") > 0, "it may still write"
         sender.push_ends_with("frozen", "unwanted", *LOST)
         rest(receiver, sender, another)
