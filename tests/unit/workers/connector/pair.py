@@ -37,6 +37,7 @@ from workers.transfer.span import Span
 os.environ.setdefault("UCX_RNDV_THRESH", "inf")  # as the supervisor sets it, before UCX starts
 from workers.transfer.fabric import Fabric
 
+CPU = torch.device("cpu")
 BLOCKS, LAYERS = 64, 3
 LAYOUT = KvLayout(LAYERS, 2, 1, 1, 16, 0, "float32", "HND", "HND")  # of `pair`
 
@@ -121,7 +122,7 @@ def tell(target: PushTarget, note: Note) -> None:
     rank = target.ranks[0]
     agent = Fabric(f"{uuid.uuid4().hex}:0")
     peer = agent.connect(rank.agent)
-    _, region = agent.allocate(8, torch.device("cpu"))
+    _, region = agent.allocate(8, CPU)
     spot = Target(peer, rank.slot_bytes, rank.address + rank.slots[-1] * rank.slot_bytes)
     agent.write(
         region, Spans.one(0, 8), spot, Spans.one(0, 8), time.monotonic() + WAIT_S, msgspec.msgpack.encode(note)
@@ -166,10 +167,12 @@ class Worker:
 
 @contextmanager
 def worker(
-    layout: KvLayout, blocks: int, seed: int = 0, slots: int = 4, timeout_s: float = 5.0, verify: bool = True
-) -> Iterator[Worker]:
-    """A worker of that layout whose blocks are random; its pieces have two blocks."""
-    ranks = [Rank(layout, rank, blocks, seed + rank) for rank in range(layout.tensor_parallel)]
+    layout: KvLayout, blocks: int, seed: int = 0, slots: int = 4, timeout_s: float = 5.0, verify: bool = True,
+    device: torch.device = CPU,
+) -> Iterator[Worker]:  # fmt: skip
+    """A worker of that layout whose blocks are random; its pieces have two blocks. All ranks share the device."""
+    with device:
+        ranks = [Rank(layout, rank, blocks, seed + rank) for rank in range(layout.tensor_parallel)]
     piece = 2 * layout.block_bytes
     incarnation, sides = uuid.uuid4().hex, []
     for number, rank in enumerate(ranks):

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dynamo_lite.plane.layout import KvLayout, parts, share, slot_bytes
+from tests.unit.workers.connector.layouts import BLOCKS, Case, compare, steps_of
 from tests.unit.workers.connector.pair import tell, worker
 from tests.unit.workers.connector.prompt import Engine
 from tests.unit.workers.transfer.kv import ORDERS
@@ -20,13 +21,10 @@ from workers.connector.protocol import (
     PeerGone,
     Piece,
     PushEnded,
-    PushStep,
     ReceiveEnded,
     Settle,
     StepPlan,
 )
-
-BLOCKS = 40
 
 
 def plain(block_size: int, heads: int, ranks: int) -> KvLayout:
@@ -48,27 +46,6 @@ def layouts(draw: st.DrawFn) -> tuple[KvLayout, KvLayout]:
     return (made[1], made[1]) if draw(st.integers(0, 7)) == 0 else (made[0], made[1])
 
 
-def steps_of(engine: Engine, cuts: list[int]) -> list[PushStep]:
-    """The prompt computed in steps that end after so many tokens."""
-    engine.side.arrived(engine.request)
-    return [step for cut in cuts for step in engine.step(cut - engine.computed)]
-
-
-def expected(prompt: torch.Tensor, tokens: int, first: int, prefill: KvLayout, decode: KvLayout) -> torch.Tensor:
-    """What the filled blocks hold, of all heads: `[layers, 2, blocks, tokens, heads, values]`.
-
-    What follows the prompt in its last block is what the sender had there, or zero where it had to convert.
-    """
-    size = decode.block_size
-    blocks = -(-tokens // size)
-    alike = (prefill.block_size, prefill.dtype, prefill.keys) == (size, decode.dtype, decode.keys)
-    padded = torch.zeros(*prompt.shape[:2], blocks * size, *prompt.shape[3:])
-    padded[:, :, :tokens] = prompt[:, :, :tokens]
-    if alike:
-        padded[:, :, tokens:] = prompt[:, :, tokens : blocks * size]
-    return padded.unflatten(2, (blocks, size))[:, :, first:]
-
-
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data(), layouts(), st.integers(1, 60))
 def test_every_byte_arrives_where_it_belongs_whatever_the_two_layouts(
@@ -77,38 +54,14 @@ def test_every_byte_arrives_where_it_belongs_whatever_the_two_layouts(
     prefill, decode = pair
     own_blocks, their_blocks = -(-tokens // prefill.block_size), -(-tokens // decode.block_size)
     first = data.draw(st.integers(0, their_blocks - 1))
-    taken = data.draw(st.permutations(range(BLOCKS)))[:own_blocks]
-    placed = data.draw(st.permutations(range(BLOCKS)))[: their_blocks - first]
-    cuts = sorted(data.draw(st.sets(st.integers(1, tokens), max_size=3)) | {tokens})
-    generator = torch.Generator().manual_seed(tokens)
-    shape = (prefill.layers, 2, own_blocks * prefill.block_size, prefill.kv_heads, prefill.key_size)
-    prompt = torch.randint(0, 200, shape, generator=generator).float()
-
-    with worker(prefill, BLOCKS, 1, slots=16) as senders, worker(decode, BLOCKS, 50) as receivers:
-        for rank in senders.ranks:
-            rank.write(taken, prompt)
-        before = [rank.logical() for rank in receivers.ranks]
-        target = receivers.open(placed, first, tokens - first * decode.block_size)
-        senders.push(steps_of(Engine(prefill.block_size, tokens, target, taken), cuts))
-
-        sent = 0
-        for side in senders.sides:
-            pushed = side.reports.take(PushEnded)
-            assert pushed.cause == ""
-            sent += pushed.bytes
-            assert side.reports.latest(PushEnded) is None, "one report a rank"
-        for side in receivers.sides:
-            ended = side.reports.take(ReceiveEnded)
-            assert (ended.cause, ended.blocks) == ("", len(placed))
-            assert ended.bytes == len(placed) * decode.block_bytes
-            sent -= ended.bytes
-        assert sent == 0
-        whole = expected(prompt, tokens, first, prefill, decode)
-        for rank, old in zip(receivers.ranks, before, strict=True):
-            now = rank.logical()
-            assert torch.equal(now[:, :, placed].float(), whole[..., rank.heads.start : rank.heads.stop, :])
-            untouched = [block for block in range(BLOCKS) if block not in placed]
-            assert torch.equal(now[:, :, untouched], old[:, :, untouched])
+    case = Case(
+        tokens,
+        first,
+        taken=data.draw(st.permutations(range(BLOCKS)))[:own_blocks],
+        placed=data.draw(st.permutations(range(BLOCKS)))[: their_blocks - first],
+        cuts=sorted(data.draw(st.sets(st.integers(1, tokens), max_size=3)) | {tokens}),
+    )
+    compare(prefill, decode, case, torch.device("cpu"))
 
 
 @given(layouts(), st.integers(1, 5))
