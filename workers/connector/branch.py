@@ -108,6 +108,7 @@ class Branch:
 
     def add(self, first: int, span: Span, ready: Ready) -> None:
         """Tokens that were computed by `ready`, from a block of the receiver's on."""
+        span = self.outlet.brought(span)
         if not self.queue and not self.flights:
             self.waiting_since = time.monotonic()  # the time it took to compute is not the receiver's
         self.queue.append((first, span, ready))

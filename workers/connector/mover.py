@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
-import torch
 
 from dynamo_lite.plane.layout import slot_bytes
 from dynamo_lite.processes import wake_precisely
@@ -86,7 +85,7 @@ class Mover:
     ) -> None:
         """`report` and `on_bug` are called on the mover's thread; the latter when it ends by an error of ours."""
         size = slot_bytes(planes.layout, settings.piece)
-        copier = Copier(planes, settings.rank)
+        self._copier = copier = Copier(planes, settings.rank)
         copier.warm()  # before vLLM captures its CUDA graphs, which nobody may disturb
         self._engine, self._report, self._settings, self._on_bug = engine, report, settings, on_bug
         self._device = planes.device
@@ -181,8 +180,7 @@ class Mover:
         try:
             wake_precisely()
             sys.setswitchinterval(_SWITCH_S)
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)  # a new thread starts on device 0, whatever its rank
+            self._copier.live()
             self._run()
         except BaseException as error:
             self._on_bug(error)

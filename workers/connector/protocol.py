@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import msgspec
+import torch
 
 from dynamo_lite.plane.layout import KvLayout
 from dynamo_lite.plane.wire import PushTarget, RankTarget
@@ -269,6 +270,7 @@ class ReceivePlan:
     tokens: int  # in those blocks; the last one may be partial
     transfer_id: int  # of the first attempt; every further one adds 1. The same on all ranks
     ready: Ready | None = None  # set by the mover: the blocks may be written
+    ids: torch.Tensor | None = None  # set by the mover: block_ids where the blocks are
     first_token: bool = False  # the request does not go on before it is known whether the prefill worker chose one
 
 

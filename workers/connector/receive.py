@@ -113,7 +113,7 @@ class Receiver:
 
     def plan(self, plan: ReceivePlan, ready: Ready) -> None:
         """`ready`: the engine's earlier work, which may still use those blocks, is done."""
-        plan = replace(plan, ready=ready)
+        plan = replace(plan, ready=ready, ids=self._copier.index(plan.block_ids))
         if plan.first_token:
             self._untold.add(plan.request_id)
         self._report(ReceivePlanned(plan.request_id, self._rank))
@@ -263,7 +263,8 @@ class Receiver:
             return
         receive.pieces += 1
         heads, staged = content
-        blocks = receive.plan.block_ids[piece.first : piece.first + piece.count]
+        assert receive.plan.ids is not None, "planned"
+        blocks = receive.plan.ids[piece.first : piece.first + piece.count]
         copy = self._copier.scatter(blocks, staged, heads, receive.plan.ready)
         receive.landings.append(Landing(sender, piece, heads, copy))
         self._land(receive)

@@ -6,8 +6,11 @@ of its blocks. Where the two layouts agree that is a copy of rows; where they do
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +24,7 @@ from workers.transfer.rows import Rows, TorchRows
 from workers.transfer.span import BlockIds, Span
 
 _NOTHING = nullcontext()
+Ids: TypeAlias = Sequence[int] | BlockIds | torch.Tensor
 
 
 class Copy:
@@ -53,6 +57,10 @@ class Outlet:
         self.block_bytes = rows.block_bytes  # of one block of the peer's in a piece
         self.block_size = layout.block_size  # the peer's, in tokens
 
+    def brought(self, span: Span) -> Span:
+        """With its ids where the blocks are, for pieces of it."""
+        return replace(span, block_ids=self._copier.index(span.block_ids))
+
     def gather(self, span: Span, piece: torch.Tensor, ready: Ready) -> Copy:
         """Begin to copy the span, which starts where a block of the peer's does, once `ready`."""
         with self._copier.after(ready):
@@ -73,6 +81,7 @@ class Copier:
     def __init__(self, planes: Planes, rank: int = 0) -> None:
         self._planes, self._rank, self._device = planes, rank, planes.device
         self._stream = torch.cuda.Stream(planes.device, priority=-1) if planes.device.type == "cuda" else None
+        self._thread = 0  # the one of which that is the current stream
         self._parts: dict[range, Rows] = {}
         self._outlets: dict[tuple[KvLayout, range], Outlet] = {}
         self.layout = planes.layout
@@ -91,14 +100,14 @@ class Copier:
             found = self._outlets[peer, heads] = Outlet(self, rows, peer)
         return found
 
-    def gather(self, block_ids: Sequence[int] | BlockIds, piece: torch.Tensor, ready: Ready) -> Copy:
+    def gather(self, block_ids: Ids, piece: torch.Tensor, ready: Ready) -> Copy:
         """Begin to copy the blocks' rows into `piece` (uint8, long enough), once `ready`."""
         with self.after(ready):
             self._part(self.heads).gather(self.index(block_ids), piece)
         return self.begun(self.block_bytes * len(block_ids))
 
     def scatter(
-        self, block_ids: Sequence[int] | BlockIds, piece: torch.Tensor, heads: range | None = None,
+        self, block_ids: Ids, piece: torch.Tensor, heads: range | None = None,
         ready: Ready | None = None,
     ) -> Copy:  # fmt: skip
         """Begin to copy a piece of these heads (None: all of this rank's) into the blocks' rows, once `ready`."""
@@ -118,8 +127,24 @@ class Copier:
         self.gather([0], piece, Ready(self._device))
         self.scatter([0], piece).wait()
 
-    def index(self, block_ids: Sequence[int] | BlockIds) -> torch.Tensor:
-        """On the device, as of the current stream: from pageable memory CUDA takes a copy before this returns."""
+    def live(self) -> None:
+        """The calling thread copies from now on, and nothing else: what it does on the GPU goes on this stream."""
+        if self._stream is not None:
+            torch.cuda.set_device(self._device)  # a new thread starts on device 0, whatever its rank
+            torch.cuda.set_stream(self._stream)
+            self._thread = threading.get_ident()
+
+    def index(self, block_ids: Ids) -> torch.Tensor:
+        """Where the blocks are, for this copier's methods: what takes several of them is to bring its ids there once.
+
+        CUDA takes a copy of pageable memory before this returns, for which it may wait for what is on the stream.
+        """
+        if isinstance(block_ids, torch.Tensor):
+            return block_ids
+        with self.after():
+            return self._brought(block_ids)
+
+    def _brought(self, block_ids: Sequence[int] | BlockIds) -> torch.Tensor:
         ids = torch.from_numpy(np.ascontiguousarray(block_ids, dtype=np.int64))
         return ids if self._stream is None else ids.to(self._device, non_blocking=True)
 
@@ -129,6 +154,8 @@ class Copier:
             return _NOTHING
         if ready is not None:
             ready.before(self._stream)
+        if self._thread == threading.get_ident():
+            return _NOTHING
         stream: AbstractContextManager[object] = torch.cuda.stream(self._stream)
         return stream
 

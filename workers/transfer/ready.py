@@ -16,12 +16,15 @@ class Ready:
 
     def __init__(self, device: torch.device) -> None:
         self._event = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
+        self._passed = self._event is None
         if self._event is not None:
             self._event.record()
 
     @property
     def passed(self) -> bool:
-        return self._event is None or self._event.query()
+        if not self._passed and self._event is not None:
+            self._passed = self._event.query()
+        return self._passed
 
     def wait(self) -> None:
         """Sleep until it has passed, without the interpreter."""
@@ -30,7 +33,7 @@ class Ready:
 
     def before(self, stream: torch.cuda.Stream) -> None:
         """What is put on `stream` from now on happens after this point."""
-        if self._event is not None:
+        if self._event is not None and not self.passed:
             stream.wait_event(self._event)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 BlockIds = npt.NDArray[np.int64]
 
@@ -14,7 +15,7 @@ BlockIds = npt.NDArray[np.int64]
 class Span:
     """`tokens` tokens that begin `skipped` tokens into the first of the blocks; the last block may go on after them."""
 
-    block_ids: BlockIds
+    block_ids: BlockIds | torch.Tensor  # a tensor (int64) once it is where the blocks are
     block_size: int  # tokens
     skipped: int
     tokens: int

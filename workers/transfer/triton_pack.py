@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -14,7 +15,7 @@ _WORD = 8  # bytes; a thread copies two at once where everything is aligned to 1
 _CHUNK = 2048  # words a program copies
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["ids", "count"], do_not_specialize_on_alignment=["ids"])
 def _copy(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913, PLR0917
     bases,  # noqa: ANN001  # int64 [planes]: address of the first run of each plane's row 0
     strides,  # noqa: ANN001  # int64 [planes]: bytes from one row to the next
@@ -62,6 +63,9 @@ class TritonRows:
         self._strides = torch.tensor([plane.stride(0) for plane in planes], dtype=torch.int64, device=device)
         self._run, self._pitch = where[0].size // _WORD, where[0].pitch // _WORD
         self._row = self._run * where[0].count
+        self._chunk = min(_CHUNK, triton.next_power_of_2(self._row))
+        self._chunks = triton.cdiv(self._row, self._chunk)
+        self._kernels: dict[bool, Any] = {}  # compiled, by whether it scatters
         self.block_bytes = len(planes) * self._row * _WORD
 
     def gather(self, ids: torch.Tensor, piece: torch.Tensor) -> None:
@@ -71,11 +75,15 @@ class TritonRows:
         self._launch(ids, piece, scatter=True)
 
     def _launch(self, ids: torch.Tensor, piece: torch.Tensor, *, scatter: bool) -> None:
+        count = len(ids)
         assert piece.data_ptr() % 16 == 0, "a piece begins at a multiple of 16 bytes"
-        words = piece[: self.block_bytes * len(ids)].view(torch.int64)
-        chunk = min(_CHUNK, triton.next_power_of_2(self._row))
-        grid = (len(ids) * triton.cdiv(self._row, chunk), len(self._bases))
-        _copy[grid](
-            self._bases, self._strides, ids, words, len(ids),
-            ROW=self._row, RUN=self._run, PITCH=self._pitch, CHUNK=chunk, SCATTER=scatter,
-        )  # fmt: skip
+        assert len(piece) >= self.block_bytes * count, "the piece is too short"
+        constants = (self._row, self._run, self._pitch, self._chunk, scatter)
+        kernel = self._kernels.get(scatter)
+        if kernel is None:
+            words = torch.int64
+            # Launched as compiled, not through the JIT, which looks at every argument again: 70 µs a launch.
+            kernel = _copy.warmup(words, words, words, words, 1, *constants, grid=(1,))
+            self._kernels[scatter] = kernel = kernel or _copy  # TRITON_INTERPRET=1 compiles nothing
+        grid = (count * self._chunks, len(self._bases), 1)
+        kernel[grid](self._bases, self._strides, ids, piece, count, *constants)
