@@ -159,7 +159,8 @@ class Carrier:
             begun = self._gather(branch)
             if begun is None:
                 break
-            self._carry(branch, begun)
+            for flight in list(branch.flights):
+                self._carry(branch, flight)  # earlier ones may be gathered by now, and the receiver waits for them
             moved = True
         if moved or (met and branch.queue and branch.free_slots and not branch.flights):
             # In the latter case it waits for our own staging or the GPU, not for the receiver.
