@@ -2,8 +2,8 @@
 
 Compiled by Numba when this module is imported, in half a second; nothing is cached on disk. The loop runs without the
 interpreter, so the thread that computes the model goes on meanwhile. It writes past the caches: blocks do not fit into
-them, and a staging slot that another core has just read is in that core's. Where the two cores share no cache, as on
-processors of several dies, taking line after line back from it made gathering five times slower.
+them, and a staging slot that another core has just read is in that core's. Where the two cores share no cache (a
+line took 165 ns from one to the other, not 33), stores into what the other had just read ran at 2 GB/s instead of 12.
 """
 
 from __future__ import annotations
