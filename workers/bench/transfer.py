@@ -60,7 +60,7 @@ def options_of(arguments: Sequence[str]) -> Options:
     add("--path", action="append", choices=get_args(Transport), help="repeat for several; default: auto and tcp")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where the KV lies (default: cpu)")
     add("--size", type=_size, help="bytes of KV (default: 256MiB, on CUDA 512MiB)")
-    add("--piece", type=_size, help="bytes of a piece (default: 2MiB, on CUDA 32MiB)")
+    add("--piece", type=_size, help="bytes of a piece (default: 2MiB, on CUDA 64MiB)")
     add("--window", type=int, default=4, help="pieces in flight (default: 4)")
     add("--rounds", type=int, default=9, help="how often everything is measured (default: 9)")
     add("--idle", type=float, default=5.0, metavar="SECONDS", help="how long the idle pair is watched (default: 5)")
@@ -69,7 +69,7 @@ def options_of(arguments: Sequence[str]) -> Options:
     given = parser.parse_args(arguments)
     cuda = given.device == "cuda"
     size = given.size or (512 if cuda else 256) * 2**20
-    piece = given.piece or (32 if cuda else 2) * 2**20
+    piece = given.piece or (64 if cuda else 2) * 2**20  # on CUDA what workers use
     sizes = Sizes(size, piece, max(64 * 2**20, 2 * given.window * piece), given.window)
     paths = tuple(dict.fromkeys(given.path or (("auto",) if cuda else ("auto", "tcp"))))
     return Options(paths, given.device, sizes, given.rounds, given.idle, given.timeout, given.json)
