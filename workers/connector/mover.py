@@ -199,7 +199,7 @@ class Mover:
                     # This process was frozen: receivers have given up on these pushes, and must not be written to.
                     self._sender.fail_all("frozen")
                 self._sender.fence(now + self._settings.timeout_s)
-                while self._todo:
+                for _ in range(len(self._todo)):  # not those that come meanwhile: what peers say must be read, too
                     self._todo.popleft()()
                 self._poll()
             last = now

@@ -136,8 +136,7 @@ def test_a_sender_that_has_closed_stays_so_whatever_the_worker_process_knows_of_
         receiver.mover.command(Settle(target.transfer_id, "silent", closed=False))
         receiver.mover.command(GiveUp("r", target.transfer_id))
         assert receiver.reports.take(ReceiveEnded).cause == "given up"
-        receiver.look()
-        assert receiver.reports.holding("quarantine") == 0
+        assert receiver.held("quarantine") == 0
 
 
 def test_every_rank_of_a_worker_that_came_back_can_be_reached_again() -> None:
