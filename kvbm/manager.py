@@ -1,0 +1,174 @@
+"""The block manager of one worker: which blocks its tiers hold beneath the device, and who is using them.
+
+It decides and remembers; others move the bytes. A block gets to the host tier in two phases: a slot is granted, every
+rank of the worker fills its share of it, and only when its checksum is known can it be found. One that is to be
+onboarded is pinned under its owner's name until the owner lets go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvbm.events import BlocksRemoved, BlocksStored, KvEvent, Tier
+from kvbm.hashing import FullHash, low64
+from kvbm.tiers.slots import SlotTable, Stored
+
+
+@dataclass(slots=True)
+class Counts:
+    """Blocks, since the start."""
+
+    offloaded: int = 0  # stored
+    evicted: int = 0
+    onboarded: int = 0
+    corrupt: int = 0  # dropped, as their content was not what was stored
+    missed: int = 0  # given up on their way here
+
+
+@dataclass(slots=True)
+class _Filling:
+    block_hash: FullHash
+    ranks: set[int] = field(default_factory=set)  # that have ended
+    whole: bool = True  # every one of these has filled its share
+
+
+class BlockManager:
+    """Not thread-safe; nothing here waits."""
+
+    def __init__(self, slots: int, ranks: int) -> None:
+        """`slots` of the host tier, each with a share for every one of `ranks`."""
+        self._host = SlotTable(slots)
+        self._ranks = ranks
+        self._filling: dict[int, _Filling] = {}  # by slot
+        self._pins: dict[str, list[Stored]] = {}  # by owner
+        self._events: list[KvEvent] = []
+        self._lost: list[FullHash] = []
+        self.counts = Counts()
+
+    # ---- offload ----
+
+    def grant(self, count: int) -> list[int]:
+        """Up to `count` slots that the engine may have filled."""
+        slots, evicted = self._host.grant(count)
+        self.counts.evicted += len(evicted)
+        self._removed(evicted)
+        return slots
+
+    @property
+    def granted(self) -> int:
+        return self._host.granted
+
+    def filled(self, slot: int, block_hash: FullHash, rank: int, well: bool) -> bool:
+        """One rank has filled its share, or (not `well`) will not. True once the slot holds the block: `store` follows.
+
+        Once every rank has ended and one of them not well, the slot is granted no more.
+        """
+        filling = self._filling.setdefault(slot, _Filling(block_hash))
+        assert filling.block_hash == block_hash, f"slot {slot} is filled with two blocks at once"
+        filling.ranks.add(rank)
+        filling.whole &= well
+        if len(filling.ranks) < self._ranks:
+            return False
+        if not filling.whole:
+            self.abandon(slot)
+        return filling.whole
+
+    def store(self, slot: int, checksum: int) -> bool:
+        """The block can be found from now on. False when it could already; the slot is then free again."""
+        block_hash = self._filling.pop(slot).block_hash
+        new = self._host.store(slot, block_hash, checksum)
+        if new:
+            self.counts.offloaded += 1
+            self._events.append(BlocksStored((low64(block_hash),), tier=Tier.HOST))
+        return new
+
+    def abandon(self, slot: int) -> None:
+        """A granted slot is not to be used, whatever it holds."""
+        filling = self._filling.pop(slot, None)
+        if filling is not None and self._host.find(filling.block_hash) is None:
+            self._lost.append(filling.block_hash)
+        self.counts.missed += 1
+        self._host.give_back(slot)
+
+    # ---- onboard ----
+
+    def match(self, hashes: Sequence[FullHash]) -> list[Stored]:
+        """The longest prefix of `hashes` that is stored."""
+        found: list[Stored] = []
+        for block_hash in hashes:
+            block = self._host.find(block_hash)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def pin(self, owner: str, blocks: Sequence[Stored]) -> None:
+        """Keep them where they are until `unpin(owner)`; an owner pins once."""
+        assert owner not in self._pins, f"{owner} pins twice"
+        self._pins[owner] = list(blocks)
+        self._host.pin(blocks)
+
+    def unpin(self, owner: str) -> None:
+        """Idempotent."""
+        self._host.unpin(self._pins.pop(owner, ()))
+
+    def corrupt(self, block: Stored) -> None:
+        """Its content is not what was stored: it cannot be found any more."""
+        if self._host.find(block.hash) is block:
+            self.counts.corrupt += 1
+            self._removed([block.hash])
+        self._host.drop(block)
+
+    def purge(self) -> int:
+        """Drop every block; returns how many. Those in use go when their users let go."""
+        blocks = self.match_all()
+        for block in blocks:
+            self._host.drop(block)
+        self._removed([block.hash for block in blocks])
+        return len(blocks)
+
+    def match_all(self) -> list[Stored]:
+        """Every block that can be found."""
+        found = (self._host.find(block_hash) for block_hash in self._host.hashes())
+        return [block for block in found if block is not None]
+
+    # ---- state ----
+
+    @property
+    def slots(self) -> int:
+        return self._host.count
+
+    @property
+    def stored(self) -> int:
+        return self._host.stored
+
+    @property
+    def pinned(self) -> dict[str, int]:
+        """Blocks by owner."""
+        return {owner: len(blocks) for owner, blocks in self._pins.items()}
+
+    def lost(self) -> list[FullHash]:
+        """Blocks that cannot be found any more, or never could be, since the last call."""
+        lost, self._lost = self._lost, []
+        return lost
+
+    def events(self) -> tuple[KvEvent, ...]:
+        """What changed since the last call, in order."""
+        events, self._events = tuple(self._events), []
+        return events
+
+    def snapshot(self) -> dict[Tier, tuple[int, ...]]:
+        return {Tier.HOST: tuple(low64(block_hash) for block_hash in self._host.hashes())}
+
+    def check(self) -> None:
+        """Assert the invariants; for tests."""
+        self._host.check()
+        assert len(self._filling) <= self._host.granted
+        pinned = [block for blocks in self._pins.values() for block in blocks]
+        assert all(block.pins > 0 for block in pinned)
+
+    def _removed(self, hashes: Sequence[FullHash]) -> None:
+        self._lost += hashes
+        if hashes:
+            self._events.append(BlocksRemoved(tuple(map(low64, hashes)), Tier.HOST))

@@ -1,0 +1,41 @@
+"""The host tier's memory: one memfd, cut into slots of one block each, shared with the engine's processes.
+
+It belongs to the worker process, so it outlives an engine that is started again, and ends with its last user, also
+after kill −9. Only this user's processes can open it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+_PAGE = 4096  # slots begin on pages, as a disk tier's direct I/O wants it
+
+
+def slot_bytes(block_bytes: int, ranks: int) -> int:
+    """Bytes from one slot to the next, for a block of which each rank has `block_bytes`."""
+    return -(-block_bytes * ranks // _PAGE) * _PAGE
+
+
+class HostMemory:
+    """`size` bytes, zeroed; the kernel provides them when they are first used."""
+
+    def __init__(self, size: int) -> None:
+        """Raises OSError."""
+        self.size = size
+        self._fd = os.memfd_create("dynamo-lite-host-tier", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self._fd, size)
+            self._map = mmap.mmap(self._fd, size)
+        except OSError:
+            os.close(self._fd)
+            raise
+        self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
+
+    def view(self, offset: int, size: int) -> memoryview:
+        """Bytes `[offset, offset + size)`."""
+        return memoryview(self._map)[offset : offset + size]
+
+    def close(self) -> None:
+        """Views stay valid; nobody can open it any more."""
+        os.close(self._fd)
