@@ -88,6 +88,19 @@ _STAGING = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 _PIECE = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
 
 
+class HostTier(Model):
+    """KV blocks in host memory, for those that the device has no room for any more."""
+
+    size: Bytes  # per worker
+    admission: Literal["always", "second_use"] = "always"  # second_use: what no second request has stays out
+
+
+class KvTiers(Model):
+    """Where KV goes beneath the device."""
+
+    host: HostTier | None = None
+
+
 class WorkerGroup(Model):
     """Workers of one role."""
 
@@ -202,6 +215,7 @@ class Config(Model):
     frontend: Frontend = Frontend()
     router: Router = Router()
     kv_transfer: KvTransfer = KvTransfer()
+    kv_tiers: KvTiers = KvTiers()
     telemetry: Telemetry = Telemetry()
     nats: Nats = Nats()
     etcd: Etcd = Etcd()

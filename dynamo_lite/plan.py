@@ -44,10 +44,11 @@ class Memory:
     kv: int = 0
     staging: int = 0
     overhead: int = 0
+    tier: int = 0  # KV beneath the device
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv + self.staging + self.overhead
+        return self.weights + self.kv + self.staging + self.overhead + self.tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,13 +192,16 @@ class _Planner:
         ranks = group.tensor_parallel
         if device == "none":
             return Memory(overhead=SIM_OVERHEAD)
+        host = self.config.kv_tiers.host
+        tier = host.size if host is not None else 0
         if device == "cuda":
-            return Memory(overhead=ranks * CUDA_HOST_OVERHEAD)
+            return Memory(overhead=ranks * CUDA_HOST_OVERHEAD, tier=tier)
         return Memory(
             weights=self.shape.weight_bytes(self.config.dtype) if self.shape else 0,
             kv=ranks * (kv_cache or 0),
             staging=ranks * 2 * self.config.kv_transfer.staging_on(device),  # once for sending, once for receiving
             overhead=VLLM_OVERHEAD * ranks,
+            tier=tier,
         )
 
     def _check_transfer(self) -> None:
@@ -282,6 +286,8 @@ class _Planner:
     def warnings(self) -> Iterator[str]:
         if not self.simulated:
             yield from self.transfer.warnings()
+        elif self.config.kv_tiers.host is not None:
+            yield "the sim engine has no tiers: kv_tiers is ignored"
         groups = dict(self.groups)
         if "decode" in groups and "prefill" not in groups:
             yield "there are no prefill workers: decode workers compute every prompt themselves"

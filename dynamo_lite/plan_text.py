@@ -17,7 +17,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"{config.model_name} by {config.engine}, namespace '{config.namespace}'"
     yield ""
     yield "Processes"
-    head = ("name", "device", "threads", "weights", "KV", "staging", "overhead", "memory")
+    head = ("name", "device", "threads", "weights", "KV", "staging", "host tier", "overhead", "memory")
     yield from _table([head, *map(_row, plan.processes)])
     yield f"  all together, with nats-server, etcd and the supervisor: {gib(plan.memory)} of {gib(plan.machine.memory)}"
     yield ""
@@ -25,7 +25,11 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield from _table([("frontend", plan.frontend), ("nats", plan.nats), ("etcd", plan.etcd)])
     yield ""
     yield "KV tiers"
-    yield from _table([("device", _device_tier(plan))])
+    host = plan.config.kv_tiers.host
+    tiers = [("device", _device_tier(plan))]
+    if host is not None and plan.config.engine != "sim":
+        tiers.append(("host", f"{gib(host.size)} on each worker, admission {host.admission}"))
+    yield from _table(tiers)
     yield ""
     yield "KV moves by"
     paths = [(f"{path.source} → {path.target}", path.via) for path in plan.transfers]
@@ -49,6 +53,7 @@ def _row(process: PlannedProcess) -> Sequence[str]:
         gib(memory.weights) if memory.weights else "–",
         "–" if process.device == "none" else kv,
         gib(memory.staging) if memory.staging else "–",
+        gib(memory.tier) if memory.tier else "–",
         gib(memory.overhead),
         gib(memory.total),
     )

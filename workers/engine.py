@@ -129,6 +129,20 @@ class Prefilled:
 
 
 @dataclass(frozen=True, slots=True)
+class TierLoad:
+    """One tier beneath the device. Blocks are counted since the start."""
+
+    tier: Tier
+    used_bytes: int
+    size_bytes: int
+    offloaded: int  # blocks that came here
+    onboarded: int  # blocks that went back to the device
+    evicted: int
+    missed: int  # given up on their way here
+    corrupt: int  # dropped, as their content was not what was stored
+
+
+@dataclass(frozen=True, slots=True)
 class EngineLoad:
     running: int
     waiting: int
@@ -138,6 +152,7 @@ class EngineLoad:
     held_bytes: int = 0  # of these blocks
     staged_bytes: int = 0  # registered memory in use by pieces and grants
     peers: dict[str, int] = field(default_factory=dict)  # workers KV may be exchanged with: "met", "meeting", "silent"
+    tiers: tuple[TierLoad, ...] = ()
 
 
 class Engine(Protocol):

@@ -7,7 +7,8 @@ from typing import Literal
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from dynamo_lite.plane.wire import Role
-from workers.engine import EngineLoad, TransferReport
+from kvbm.events import Tier
+from workers.engine import EngineLoad, TierLoad, TransferReport
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 # Twice as long at each step: quantiles are then right to a factor of 1.4 from 0.1 ms to 3 s.
@@ -54,6 +55,13 @@ class WorkerMetrics:
         self.held_blocks = gauge("held_blocks", "Blocks held for a peer, by reason", "reason")
         self.peers = gauge("peers", "Workers that KV may be exchanged with, by state of the contact", "state")
         self._hold_reasons: set[str] = set()
+        self._tier_bytes = Gauge("kv_tier_used_bytes", "Bytes of the stored blocks", ["tier"], registry=registry)
+        self._tier_size = Gauge("kv_tier_size_bytes", "Size of the tier", ["tier"], registry=registry)
+        self._tier_blocks = Counter(
+            "kv_tier_blocks", "Blocks offloaded, onboarded, evicted, missed (given up on their way), corrupt",
+            ["tier", "event"], registry=registry,
+        )  # fmt: skip
+        self._tier_loads: dict[Tier, TierLoad] = {}
 
     def ended(self, outcome: str) -> None:
         self._requests.labels(self._role.value, outcome).inc()
@@ -73,6 +81,17 @@ class WorkerMetrics:
             self.held_blocks.labels(reason).set(load.held_blocks.get(reason, 0))
         for state, count in load.peers.items():
             self.peers.labels(state).set(count)
+        for tier in load.tiers:
+            self._tier_loaded(tier)
+
+    def _tier_loaded(self, load: TierLoad) -> None:
+        self._tier_bytes.labels(load.tier).set(load.used_bytes)
+        self._tier_size.labels(load.tier).set(load.size_bytes)
+        before = self._tier_loads.get(load.tier)
+        for event in ("offloaded", "onboarded", "evicted", "missed", "corrupt"):
+            grown = getattr(load, event) - (getattr(before, event) if before is not None else 0)
+            self._tier_blocks.labels(load.tier, event).inc(grown)
+        self._tier_loads[load.tier] = load
 
 
 class SimMetrics:

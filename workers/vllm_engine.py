@@ -13,12 +13,10 @@ import signal
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import vllm
-from vllm.config import KVEventsConfig, KVTransferConfig
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs.engine import tokens_input
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -41,12 +39,18 @@ from workers.connector.protocol import (
     Hello,
     Holds,
     Meet,
+    Offloaded,
+    Onboarded,
     PeerGone,
     Peers,
     Prepare,
     Probe,
     PushEnded,
+    ReceiveEnded,
+    ReceiveOpened,
+    ReceivePlanned,
     Report,
+    Skipped,
     StopPush,
     failure,
     new_transfer_id,
@@ -56,6 +60,8 @@ from workers.first_token import may_be_chosen_elsewhere, results_after
 from workers.kv_feed import KvFeed
 from workers.pulse import Pulse
 from workers.receives import Receive, Receives
+from workers.tiers import Onboarding, Tiers
+from workers.vllm_arguments import arguments
 from workers.vllm_stats import EngineStats, stat_logger
 from workers.vllm_values import output, sampling_params
 
@@ -64,8 +70,6 @@ log = logging.getLogger(__name__)
 _HELLO_TIMEOUT_S = 30.0
 _FROZEN_PATIENCE = 10  # times the transfer's timeout, until a silent engine is ended and started again
 _DEATH_POLL_S = 0.2
-_CPU_BLOCK_SIZE = 32  # vLLM's CPU attention takes multiples of 32
-_CPU_KV_CACHE = 512 * 2**20
 
 
 @dataclass(slots=True)
@@ -99,13 +103,22 @@ class VllmEngine:
         self._receives: Receives | None = None
         self._pulse = Pulse(range(-1, self._ranks), lambda: self._channel.command(Probe()), self._timeout_s)
         self._blocks = self._block_bytes = 0
+        self._tiers: Tiers | None = None
+        self._arena = ""
 
     # ---- life ----
 
     def prepare(self) -> None:
         """Load the model in an EngineCore process; blocks until it is ready. Raises StartError."""
+        host = self._spec.config.kv_tiers.host
         try:
-            config = self._arguments().create_engine_config()
+            if host is not None:
+                self._tiers = Tiers(host)
+                self._arena = self._tiers.memory.path
+                self._stats.prefilled = self._tiers.cost.computed
+            config = arguments(
+                self._spec, self._role, self._workers, self._incarnation, self._channel, self._arena
+            ).create_engine_config()
             if vllm.platforms.current_platform.is_cpu():
                 # After create_engine_config, which insists on spawn.
                 os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
@@ -113,62 +126,6 @@ class VllmEngine:
         except (RuntimeError, ValueError, OSError) as error:
             raise StartError(self._spec.name, f"vLLM did not start: {error}") from error
         self._config = config
-
-    def _arguments(self) -> AsyncEngineArgs:
-        config, transfer = self._spec.config, self._spec.config.kv_transfer
-        device: Literal["cpu", "cuda"] = "cpu" if vllm.platforms.current_platform.is_cpu() else "cuda"
-        values: dict[str, Any] = {
-            "model": str(self._spec.model_path),
-            "served_model_name": config.model_name,  # the label of vLLM's metrics
-            "skip_tokenizer_init": True,  # the frontend tokenises
-            "dtype": config.dtype,
-            "kv_cache_dtype": config.kv_cache_dtype,
-            "max_model_len": config.max_model_len,
-            "tensor_parallel_size": self._ranks,
-            "max_num_seqs": self._workers.max_num_seqs,
-            "enable_prefix_caching": True,
-            "prefix_caching_hash_algo": "sha256_cbor",
-            "enable_log_requests": False,
-            "kv_events_config": KVEventsConfig(
-                enable_kv_cache_events=True,
-                publisher="zmq",
-                endpoint=self._channel.endpoint("events"),
-                replay_endpoint=self._channel.endpoint("replay"),
-            ),
-            "kv_transfer_config": KVTransferConfig(
-                kv_connector="DynamoLiteConnector",
-                kv_connector_module_path="workers.connector.connector",
-                kv_role="kv_both",
-                kv_load_failure_policy="recompute",
-                kv_connector_extra_config={
-                    "channel": self._channel.path,
-                    "incarnation": self._incarnation,
-                    "min_remote_tokens": transfer.min_remote_tokens,
-                    "staging": transfer.staging_on(device),
-                    "piece": transfer.piece_on(device),
-                    "window": transfer.window,
-                    "threads": transfer.transport_threads,
-                    "transport": transfer.transport,
-                    "rdma_device": transfer.rdma_device,
-                    "verify": transfer.verify,
-                    "timeout_s": self._timeout_s,
-                },
-            ),
-        }
-        if device == "cpu":
-            values |= {"enforce_eager": True, "block_size": _CPU_BLOCK_SIZE}
-            values["kv_cache_memory_bytes"] = self._spec.kv_cache or _CPU_KV_CACHE
-            if self._role.decodes:
-                # A seeded request whose prompt is computed in parts ends vLLM's engine on CPU (0.32: "CPU Generator
-                # does not use offset"). Prefill workers sample nothing that counts, so they keep computing in parts.
-                values["enable_chunked_prefill"] = False
-        elif self._spec.kv_cache:
-            values["kv_cache_memory_bytes"] = self._spec.kv_cache
-            # vLLM would else refuse to share a GPU, though with a given size it does not use this share of it.
-            values["gpu_memory_utilization"] = 0.01
-        if config.block_size:
-            values["block_size"] = config.block_size
-        return AsyncEngineArgs(**(values | self._workers.args))
 
     async def start(self) -> EngineInfo:
         """Meet the connectors. Raises StartError when one of them did not come up."""
@@ -188,6 +145,12 @@ class VllmEngine:
         layout = fingerprint.layout
         self._receives = Receives(self._incarnation, layout, self._channel.command, self._timeout_s, group)
         self._feed = KvFeed(self._channel.endpoint("events"), self._channel.endpoint("replay"))
+        if self._tiers is not None:
+            try:
+                self._tiers.start(fingerprint.block_bytes, self._ranks, layout.block_size, self._channel.command, group)
+            except ValueError as error:
+                raise StartError(self._spec.name, str(error)) from error
+            await self._stack.enter_async_context(background(self._tiers.forward(self._feed.events())))
         self._block_bytes = fingerprint.block_bytes * self._ranks
         return EngineInfo(
             fingerprint,
@@ -229,6 +192,8 @@ class VllmEngine:
         await self._stack.aclose()
         if self._feed is not None:
             self._feed.close()
+        if self._tiers is not None:
+            self._tiers.close()
         self._channel.close()
 
     @property
@@ -247,6 +212,9 @@ class VllmEngine:
                 self._pulse.alive(report.rank)
             case Holds():
                 self._holds[report.rank] = report
+            case Offloaded() | Onboarded():
+                assert self._tiers is not None, "without tiers nothing is offloaded"
+                self._tiers.handle(report)
             case Peers():
                 self._peers[report.rank] = report.workers
             case PushEnded():
@@ -254,20 +222,24 @@ class VllmEngine:
                 if push is not None:
                     push.ends[report.rank] = report
                     push.changed.set()
-            case _:
+            case Skipped() | ReceivePlanned() | ReceiveOpened() | ReceiveEnded():
                 assert self._receives is not None, "a receive was opened before the engine was started"
                 self._receives.handle(report)
 
     # ---- decode ----
 
     async def generate(self, job: Job) -> AsyncGenerator[Output, None]:
-        params: dict[str, Any] | None = None
+        params: dict[str, Any] = {}
         receive = None
+        onboarding = self._onboard(job, job.trace_headers.get("traceparent", ""))
+        if onboarding is not None:
+            params |= onboarding.params
         if job.remote is not None:
-            receive, params = self._expect(job, job.remote)
+            receive, more = self._expect(job, job.remote, onboarding)
+            params |= more
         stream = self._engine.generate(
             tokens_input(job.token_ids, cache_salt=job.cache_salt),
-            sampling_params(job.sampling, params),
+            sampling_params(job.sampling, params or None),
             job.request_id,
             trace_headers=job.trace_headers or None,
         )
@@ -277,12 +249,8 @@ class VllmEngine:
             async for result in results:
                 cached = None
                 if first:
-                    local = receive.local_blocks if receive is not None else None
-                    if local is not None:  # then vLLM counts what was transferred too
-                        cached = local * self._config.cache_config.block_size
-                    elif isinstance(result, RequestOutput):
-                        cached = result.num_cached_tokens or 0
-                    first = False
+                    self._onboarded(job.request_id)
+                    cached, first = self._cached_tokens(receive, result), False
                 if isinstance(result, int):
                     stopped = result in job.sampling.stop_token_ids
                     yield Output([result], None, "stop" if stopped else None, result if stopped else None, cached)
@@ -297,28 +265,53 @@ class VllmEngine:
         finally:
             await results.aclose()
             await stream.aclose()
+            self._onboarded(job.request_id)
             if self._receives is not None and receive is not None:
                 self._receives.release(job.request_id)
 
-    def _expect(self, job: Job, remote: RemotePrefill) -> tuple[Receive, dict[str, Any]]:
+    def _cached_tokens(self, receive: Receive | None, result: RequestOutput | int) -> int | None:
+        """Of the prompt, not counting those that a prefill worker was asked for: vLLM takes these for cached, too."""
+        if receive is not None and receive.local_blocks is not None:
+            block_size: int = self._config.cache_config.block_size
+            return receive.local_blocks * block_size
+        if not isinstance(result, RequestOutput):
+            return None
+        cached: int = result.num_cached_tokens or 0
+        return cached
+
+    def _onboard(self, job: Job | PrefillJob, traceparent: str = "") -> Onboarding | None:
+        """What of the prompt the engine is to read from the tiers. `_onboarded` must follow."""
+        if self._tiers is None:
+            return None
+        return self._tiers.onboard(job.request_id, job.token_ids, job.cache_salt, self._local_blocks(job), traceparent)
+
+    def _onboarded(self, request_id: str) -> None:
+        if self._tiers is not None:
+            self._tiers.release(request_id)
+
+    def _local_blocks(self, job: Job | PrefillJob) -> int:
+        """Of the prompt, on the device as far as is known here."""
+        assert self._feed is not None
+        return self._feed.local_blocks(job.token_ids, self._config.cache_config.block_size, job.cache_salt)
+
+    def _expect(self, job: Job, remote: RemotePrefill, onboarding: Onboarding | None) -> tuple[Receive, dict[str, Any]]:
         """A receive for the job, and what the connector is to know of it."""
         assert self._receives is not None
         room = len(job.token_ids) + 1 < self._config.model_config.max_model_len  # for a second token
         early = job.alone and room and may_be_chosen_elsewhere(job.sampling)
-        prepare = self._prepare(job) if remote.more else None
+        prepare = self._prepare(job, onboarding) if remote.more else None
         receive = self._receives.expect(job.request_id, remote, first_token=early, prepare=prepare)
         params: dict[str, Any] = {REQUEST_ID: job.request_id, REMOTE: True, FIRST: early}
         if prepare is not None:
             params[PREPARED] = (prepare.transfer_id, prepare.first_block)
         return receive, params
 
-    def _prepare(self, job: Job) -> Prepare | None:
+    def _prepare(self, job: Job, onboarding: Onboarding | None) -> Prepare | None:
         """What a prefill worker is to be asked for before the engine plans the prompt, a step or two from now.
 
         None where it will not plan it then, for want of room, or where there is too little to ask for.
         """
         assert self._receives is not None
-        assert self._feed is not None
         least = self._spec.config.kv_transfer.min_remote_tokens
         if len(job.token_ids) < least:
             return None
@@ -328,7 +321,7 @@ class VllmEngine:
         needed = (ahead + 1) * -(-len(job.token_ids) // size)  # as if those before it were as long
         if not room or needed > (1 - stats.kv_usage) * self._blocks:
             return None
-        local = self._feed.local_blocks(job.token_ids, size, job.cache_salt)
+        local = self._local_blocks(job) if onboarding is None else onboarding.end
         tokens = len(job.token_ids) - local * size
         if tokens < least:
             return None
@@ -343,11 +336,15 @@ class VllmEngine:
         try:
             async with asyncio.timeout(job.timeout_s), self._pulse.required():
                 params = {REQUEST_ID: job.request_id, PUSH: msgspec.msgpack.encode(job.target)}
+                onboarding = self._onboard(job)
+                if onboarding is not None:
+                    params |= onboarding.params
                 async for result in self._engine.generate(
                     tokens_input(job.token_ids, cache_salt=job.cache_salt),
                     sampling_params(sampling, params),
                     job.request_id,
                 ):
+                    self._onboarded(job.request_id)
                     cached = result.num_cached_tokens or 0
                     if job.first_token is not None and result.outputs[0].token_ids:
                         first_token = result.outputs[0].token_ids[0]
@@ -360,6 +357,7 @@ class VllmEngine:
         except ValueError as error:
             raise PrefillFailed("refused", str(error)) from error
         finally:
+            self._onboarded(job.request_id)
             if len(push.ends) < self._ranks:
                 await self._stop(job.request_id, push)
             self._pushes.pop(job.request_id, None)
@@ -397,12 +395,12 @@ class VllmEngine:
 
     async def kv_events(self) -> AsyncIterator[tuple[KvEvent, ...]]:
         assert self._feed is not None
-        async for events in self._feed.events():
+        async for events in self._feed.events() if self._tiers is None else self._tiers.events():
             yield events
 
     def snapshot(self) -> dict[Tier, tuple[int, ...]]:
         assert self._feed is not None
-        return self._feed.snapshot()
+        return self._feed.snapshot() | (self._tiers.snapshot() if self._tiers is not None else {})
 
     def load(self) -> EngineLoad:
         held: dict[str, int] = {}
@@ -418,7 +416,8 @@ class VllmEngine:
         held_bytes = sum(held.values()) * self._block_bytes
         staged = sum(holds.staged for holds in self._holds.values())
         return EngineLoad(
-            stats.running, stats.waiting, used, self._blocks, held, held_bytes, staged, peers
+            stats.running, stats.waiting, used, self._blocks, held, held_bytes, staged, peers,
+            self._tiers.load() if self._tiers is not None else (),
         )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ class EngineStats:
     running: int = 0
     waiting: int = 0
     kv_usage: float = 0.0  # of 1
+    prefilled: Callable[[int, float], None] | None = None  # told of each prompt: tokens computed for it, seconds
 
 
 class LoadLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is not followed by mypy
@@ -38,6 +39,10 @@ class LoadLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is not followed 
             skipped = getattr(scheduler_stats, "num_skipped_waiting_reqs", 0)  # e.g. waiting for remote KV
             self._stats.waiting = scheduler_stats.num_waiting_reqs + skipped
             self._stats.kv_usage = scheduler_stats.kv_cache_usage
+        if iteration_stats is not None and self._stats.prefilled is not None:
+            for request in iteration_stats.finished_requests:
+                cached = getattr(request, "num_cached_tokens", 0)
+                self._stats.prefilled(request.num_prompt_tokens - cached, request.prefill_time)
 
     def log_engine_initialized(self) -> None:
         return

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
 from dynamo_lite.config import Config, WorkerGroup, parse_bytes
 from dynamo_lite.config_file import load_config
@@ -32,6 +33,10 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from keys(WorkerGroup, "workers.ROLE.")
         else:
             yield f"{prefix}{name}", default
+            if default is None:
+                for inner in get_args(field.annotation):  # of a part that may be left out
+                    if isinstance(inner, type) and issubclass(inner, BaseModel):
+                        yield from keys(inner, f"{prefix}{name}.")
 
 
 def documented() -> dict[str, str]:
@@ -47,8 +52,8 @@ def test_every_configuration_key_is_on_the_page_and_no_other() -> None:
 @pytest.mark.parametrize(("key", "default"), list(keys(Config)))
 def test_the_page_tells_the_default_of(key: str, default: object) -> None:
     cell = documented()[key]
-    if default is None:
-        assert cell == "–"
+    if default is None or default is PydanticUndefined:
+        assert cell == ("–" if default is None else "required")
         return
     told = yaml.safe_load(cell)
     expected = list(default) if isinstance(default, tuple) else default

@@ -41,7 +41,13 @@ LAYERS = (
 
 # The only places that may import a heavy or replaceable library.
 CONFINED: dict[str, tuple[str, ...]] = {
-    "vllm": ("workers.vllm_engine", "workers.vllm_stats", "workers.vllm_values", "workers.connector"),
+    "vllm": (
+        "workers.vllm_engine",
+        "workers.vllm_arguments",
+        "workers.vllm_stats",
+        "workers.vllm_values",
+        "workers.connector",
+    ),
     "nixl": ("workers.transfer",),
     "nixl_cu12": ("workers.transfer",),
     "obstore": ("workers.transfer",),

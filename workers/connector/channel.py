@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from workers.connector.protocol import Command, FirstToken, Hello, Probe, Report
+from workers.connector.protocol import NOT_TO_RANKS, TO_SCHEDULER, Command, Hello, Report
 
 _LENGTH = struct.Struct("<I")
 _CONNECT_TIMEOUT_S = 10.0
@@ -111,7 +111,8 @@ class WorkerEnd:
         """To every rank's connector, and what the scheduler's is to know to that one, first."""
         data = self._encoder.encode(message)
         for rank, writer in sorted(self._writers.items(), key=lambda item: item[0]):
-            if (rank >= 0 or isinstance(message, Probe | FirstToken)) and not writer.is_closing():
+            meant = not isinstance(message, NOT_TO_RANKS) if rank >= 0 else isinstance(message, TO_SCHEDULER)
+            if meant and not writer.is_closing():
                 writer.write(_LENGTH.pack(len(data)) + data)
 
     def close(self) -> None:

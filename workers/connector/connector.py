@@ -29,7 +29,17 @@ from dynamo_lite.processes import die_with_parent
 from dynamo_lite.rdma import rdma_ports
 from dynamo_lite.transports import usable_ports
 from workers.connector.channel import ConnectorEnd
-from workers.connector.protocol import Alive, Command, FirstToken, Hello, Probe, StepPlan
+from workers.connector.offload_plan import OffloadPlans
+from workers.connector.protocol import (
+    Alive,
+    Command,
+    FirstToken,
+    GrantSlots,
+    Hello,
+    Probe,
+    StepPlan,
+    TierChanged,
+)
 from workers.connector.scheduler import SchedulerSide
 from workers.connector.settings import MoverSettings
 from workers.connector.worker import WorkerSide
@@ -68,18 +78,21 @@ class DynamoLiteConnector(KVConnectorBase_V1, SupportsHMA):
         self._kv_cache_dtype: str = vllm_config.cache_config.cache_dtype
         self._model_kv = _model_kv(vllm_config, kv_cache_config)
         self._scheduler: SchedulerSide | None = None
+        self._offloads: OffloadPlans | None = None
         self._worker: WorkerSide | None = None
         self._channel = channel
         if role is KVConnectorRole.SCHEDULER:
             block_size = vllm_config.cache_config.block_size
-            self._scheduler = SchedulerSide(block_size, extra["min_remote_tokens"], channel.report)
+            self._offloads = OffloadPlans(block_size, extra["second_use"]) if extra["arena"] else None
+            self._scheduler = SchedulerSide(block_size, extra["min_remote_tokens"], channel.report, self._offloads)
             channel.listen(self._told, lambda: None)
             channel.report(Hello(rank=-1, pid=os.getpid()))
         else:
             rank = get_tensor_model_parallel_rank()
             settings = MoverSettings(
-                rank, extra["staging"], extra["piece"], extra["window"], extra["timeout_s"], extra["verify"]
-            )
+                rank, extra["staging"], extra["piece"], extra["window"], extra["timeout_s"], extra["verify"],
+                extra["arena"], vllm_config.parallel_config.tensor_parallel_size,
+            )  # fmt: skip
             ports = usable_ports(extra["transport"], rdma_ports(), extra["rdma_device"])
             rdma = ports[0] if ports else None
             name = f"{extra['incarnation']}:{rank}"
@@ -94,6 +107,10 @@ class DynamoLiteConnector(KVConnectorBase_V1, SupportsHMA):
             self._schedules.first_token(command)
         elif isinstance(command, Probe):
             self._channel.report(Alive(-1))
+        elif isinstance(command, GrantSlots) and self._offloads is not None:
+            self._offloads.granted(command)
+        elif isinstance(command, TierChanged) and self._offloads is not None:
+            self._offloads.changed(command)
 
     @property
     def _schedules(self) -> SchedulerSide:
@@ -102,7 +119,7 @@ class DynamoLiteConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         self._schedules.arrived(request)  # here, as vLLM 0.26 has no hook for a new request
-        tokens = self._schedules.remote_tokens(request, num_computed_tokens)
+        tokens = self._schedules.external_tokens(request, num_computed_tokens)
         return tokens, tokens > 0
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:

@@ -11,14 +11,17 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import msgspec
 
 from dynamo_lite.plane.layout import slot_bytes
 from dynamo_lite.processes import wake_precisely
+from workers.connector.arena import Arena
 from workers.connector.contacts import Contacts
+from workers.connector.offload import Offloader
+from workers.connector.onboard import Onboarder
 from workers.connector.protocol import (
     Alive,
     Closed,
@@ -30,6 +33,8 @@ from workers.connector.protocol import (
     Holds,
     Meet,
     Note,
+    OnboardChecked,
+    OnboardOver,
     PeerGone,
     Piece,
     Prepare,
@@ -95,6 +100,12 @@ class Mover:
         self._contacts = Contacts(engine, settings.rank, settings.timeout_s, report)
         self._sender = Sender(engine, self._contacts, outgoing, copier, settings, report)
         self._receiver = Receiver(engine, self._contacts, incoming, copier, settings, report)
+        self._offloader: Offloader | None = None
+        self._onboarder: Onboarder | None = None
+        if settings.arena:
+            arena = Arena(settings.arena, settings.rank, settings.ranks, copier, planes.device)
+            self._offloader = Offloader(arena, settings.rank, report)
+            self._onboarder = Onboarder(arena, settings.rank, settings.timeout_s, report)
         self.agent = engine.metadata()  # for other workers; here, before the thread owns the engine
         self._notes = msgspec.msgpack.Decoder(Note)
         self._todo: deque[Callable[[], None]] = deque()
@@ -106,6 +117,8 @@ class Mover:
         self._finished: set[str] = set()  # of these, the ones that vLLM has finished
         self._sent: set[str] = set()
         self._unreported: set[str] = set()  # preempted: vLLM is not told of their end
+        self._offloading: dict[str, int] = {}  # engine ids with blocks handed over: steps still to be copied
+        self._parts: dict[str, int] = {}  # engine ids: how many of onboarding and receive are still to come
         self._received: set[str] = set()
         self._invalid: set[int] = set()
         self._stopped = False
@@ -121,12 +134,15 @@ class Mover:
 
     def plan(self, step: StepPlan) -> None:
         """Take over what this step asks; its blocks are computed as of now on the current CUDA stream."""
-        if step.pushes or step.receives or step.cancelled_receives or step.cancelled_pushes:
+        outgoing, incoming = step.pushes or step.offloads, step.receives or step.onboards
+        if outgoing or incoming or step.cancelled_receives or step.cancelled_pushes:
             with self._ended_lock:
                 self._pushing |= {push.engine_id for push in step.pushes}
+                for offload in step.offloads:
+                    self._offloading[offload.engine_id] = self._offloading.get(offload.engine_id, 0) + 1
             ready = Ready(self._device)
             self._do(lambda: self._take(step, ready))
-            if step.pushes and self._ready_watch is not None:
+            if outgoing and self._ready_watch is not None:
                 self._ready_watch.watch(ready)
 
     def cancel_pushes(self, engine_ids: list[str]) -> None:
@@ -138,14 +154,25 @@ class Mover:
             for engine_id in engine_ids:
                 self._sender.preempt(engine_id)
 
+    def cancel_offloads(self, engine_ids: list[str]) -> None:
+        """Return once no block of these requests is read any more for a tier: vLLM is about to hand them out."""
+        with self._lock, self._ended_lock:
+            if self._offloader is not None:
+                for engine_id in engine_ids:
+                    self._offloader.preempt(engine_id, self._offloading.get(engine_id, 0))
+        self._wake.ring()
+
     def ended(self, finished: set[str]) -> Ended:
-        """What has ended since the last call. A push is only reported once vLLM has `finished` its request."""
+        """What has ended since the last call. What is sent is only reported once vLLM has `finished` its request."""
         with self._ended_lock:
-            self._finished |= finished & self._pushing
-            sent = self._sent & self._finished
+            self._finished |= finished & (self._pushing | self._offloading.keys())
+            pushed = self._sent | (self._offloading.keys() - self._pushing)
+            sent = {one for one in pushed & self._finished if not self._offloading.get(one)}
             self._sent -= sent
             self._finished -= sent
             self._pushing -= sent
+            for engine_id in sent:
+                self._offloading.pop(engine_id, None)
             over = finished & self._unreported
             self._sent -= over
             self._unreported -= over
@@ -210,7 +237,10 @@ class Mover:
     def _pause(self) -> float | None:
         quiet_s = time.monotonic() - self._moved
         polled = self._engine.polled
-        if self._sender.active or self._receiver.active or self._contacts.active or (polled and quiet_s < _LINGER_S):
+        if self._tiers_moving:
+            return _POLL_MOVING_S
+        active = self._sender.active or self._receiver.active or self._contacts.active or self._tiers_active
+        if active or (polled and quiet_s < _LINGER_S):
             if not (polled or self._device.type == "cuda"):
                 return _POLL_DEADLINES_S
             return _POLL_MOVING_S if quiet_s < _MOVING_S else _POLL_WAITING_S if polled else _POLL_DEADLINES_S
@@ -220,7 +250,8 @@ class Mover:
         for note in self._notifications():
             self._note(note.peer, note.payload)
             self._moved = time.monotonic()
-        if any([self._sender.progress(), self._receiver.progress(), self._sender.moving, self._receiver.moving]):
+        moved = [self._sender.progress(), self._receiver.progress(), self._sender.moving, self._receiver.moving]
+        if any(moved) or self._move_tiers():
             self._moved = time.monotonic()
         self._receiver.expire()
         self._contacts.progress()
@@ -230,12 +261,50 @@ class Mover:
         if self._sender.fresh or self._receiver.received:
             with self._ended_lock:
                 self._sent.update(self._sender.fresh)
-                self._received |= self._receiver.received
-                self._invalid |= self._receiver.invalid_blocks
+                self._arrived(self._receiver.received, self._receiver.invalid_blocks)
             self._sender.fresh.clear()
             self._receiver.received.clear()
             self._receiver.invalid_blocks.clear()
             self._changed.set()
+
+    def _move_tiers(self) -> bool:
+        """Copy blocks to and from the host tier; True when anything moved, or could."""
+        if self._onboarder is None or self._offloader is None:
+            return False
+        moved = [self._onboarder.progress(), self._offloader.progress(), self._onboarder.moving, self._offloader.moving]
+        if self._onboarder.received or self._offloader.fresh:
+            with self._ended_lock:
+                for engine_id in self._offloader.fresh:
+                    self._offloading[engine_id] -= 1
+                self._arrived(self._onboarder.received, self._onboarder.invalid_blocks)
+            self._offloader.fresh.clear()
+            self._onboarder.received.clear()
+            self._onboarder.invalid_blocks.clear()
+            self._changed.set()
+        return any(moved)
+
+    @property
+    def _tiers_moving(self) -> bool:
+        """Blocks can be copied now: nothing will wake us for them."""
+        return (self._onboarder is not None and self._onboarder.moving) or (
+            self._offloader is not None and self._offloader.moving
+        )
+
+    @property
+    def _tiers_active(self) -> bool:
+        return (self._onboarder is not None and self._onboarder.active) or (
+            self._offloader is not None and self._offloader.active
+        )
+
+    def _arrived(self, engine_ids: Iterable[str], invalid_blocks: set[int]) -> None:
+        """One part of what these requests wait for: vLLM is told of the last."""
+        for engine_id in engine_ids:
+            left = self._parts.pop(engine_id, 1) - 1
+            if left:
+                self._parts[engine_id] = left
+            else:
+                self._received.add(engine_id)
+        self._invalid |= invalid_blocks
 
     def _notifications(self) -> list[Notification]:
         try:
@@ -264,6 +333,15 @@ class Mover:
     def _take(self, step: StepPlan, ready: Ready) -> None:
         for engine_id in step.cancelled_receives:
             self._receiver.cancel(engine_id)
+            if self._onboarder is not None:
+                self._onboarder.cancel(engine_id)
+        both = {plan.engine_id for plan in step.receives} & {plan.engine_id for plan in step.onboards}
+        self._parts.update(dict.fromkeys(both, 2))
+        if self._onboarder is not None and self._offloader is not None:
+            for onboard in step.onboards:
+                self._onboarder.plan(replace(onboard, ready=ready))
+            for offload in step.offloads:
+                self._offloader.step(offload, ready)
         for engine_id in step.cancelled_pushes:
             self._sender.cancel(engine_id, "cancelled")
         for receive in step.receives:
@@ -292,9 +370,18 @@ class Mover:
                 self._contacts.meet(command.incarnation, command.agents)
             case StopPush():
                 self._sender.stop(command.request_id)
+            case OnboardChecked() if self._onboarder is not None:
+                self._onboarder.checked(command.request_id, command.blocks)
+            case OnboardOver() if self._onboarder is not None:
+                self._onboarder.over(command.request_id)
             case Probe():
                 self._tell_holds(time.monotonic(), late=False)
                 self._report(Alive(self._settings.rank))
+
+    def _tier_holds(self) -> dict[str, int]:
+        if self._onboarder is None or self._offloader is None:
+            return {}
+        return {"onboard": self._onboarder.blocks, "offload": self._offloader.blocks}
 
     def _tell_holds(self, now: float, *, late: bool) -> None:
         """If they have changed. `late`: not yet, but before long."""
@@ -302,7 +389,7 @@ class Mover:
         if late:
             return
         staged = sum(staging.used for staging in self._stagings)
-        holds = Holds(self._settings.rank, self._sender.holds() | self._receiver.holds(), staged)
+        holds = Holds(self._settings.rank, self._sender.holds() | self._receiver.holds() | self._tier_holds(), staged)
         if holds != self._held:
             self._held, self._told = holds, now
             self._report(holds)

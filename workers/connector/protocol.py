@@ -24,6 +24,7 @@ REMOTE = "dynamo_lite.remote"  # decode: a remote prefill may be asked for
 FIRST = "dynamo_lite.first"  # decode: the prefill worker is asked for the first token too
 PREPARED = "dynamo_lite.prepared"  # decode: (transfer id, first block) of the `Prepare` that goes before it
 PUSH = "dynamo_lite.push"  # prefill: PushTarget, msgpack
+ONBOARD = "dynamo_lite.onboard"  # (first block, slots of the host tier that hold the blocks from there on)
 
 _ATTEMPT_BITS = 8  # of a transfer id
 
@@ -130,7 +131,30 @@ class Alive(msgspec.Struct, frozen=True, tag="alive"):
     rank: int
 
 
-Report = Hello | Skipped | ReceivePlanned | ReceiveOpened | ReceiveEnded | PushEnded | Holds | Peers | Alive
+class Offloaded(msgspec.Struct, frozen=True, tag="offloaded"):
+    """What became of blocks on their way to the host tier, on one rank: slot, full hash, and whether it is there."""
+
+    rank: int
+    blocks: tuple[tuple[int, bytes, bool], ...] = ()
+    missed: int = 0  # blocks that found no slot; from the scheduler's connector, rank -1
+
+
+class Onboarded(msgspec.Struct, frozen=True, tag="onboarded"):
+    """An onboarding has ended on one rank, and reads no slot any more. `cause` is empty when all it was to is here."""
+
+    request_id: str
+    rank: int
+    cause: str = ""
+    blocks: int = 0
+    bytes: int = 0
+    started_ns: int = 0  # unix time of the first copy
+    ended_ns: int = 0
+
+
+Report = (
+    Hello | Skipped | ReceivePlanned | ReceiveOpened | ReceiveEnded | PushEnded | Holds | Peers | Alive
+    | Offloaded | Onboarded
+)  # fmt: skip
 
 # ---- worker process → connector -------------------------------------------------------------------------------
 
@@ -206,7 +230,38 @@ class Probe(msgspec.Struct, frozen=True, tag="probe"):
     """Answer with `Alive`, from the thread that does the work. To the scheduler's connector too."""
 
 
-Command = Prepare | Reopen | GiveUp | FirstToken | Settle | PeerGone | Meet | StopPush | Probe
+class GrantSlots(msgspec.Struct, frozen=True, tag="slots"):
+    """To the scheduler's connector: slots of the host tier that it may have filled, each once."""
+
+    slots: tuple[int, ...]
+
+
+class TierChanged(msgspec.Struct, frozen=True, tag="tier"):
+    """To the scheduler's connector: full hashes of blocks that are in the tiers now, or are there no more."""
+
+    stored: tuple[bytes, ...] = ()
+    removed: tuple[bytes, ...] = ()
+
+
+class OnboardChecked(msgspec.Struct, frozen=True, tag="checked"):
+    """The first `blocks` blocks that this request is to onboard are what was stored; the next one is not, if any."""
+
+    request_id: str
+    blocks: int
+
+
+class OnboardOver(msgspec.Struct, frozen=True, tag="onboard_over"):
+    """The request has ended: its slots are about to be used for something else. Answered with `Onboarded`."""
+
+    request_id: str
+
+
+Command = (
+    Prepare | Reopen | GiveUp | FirstToken | Settle | PeerGone | Meet | StopPush | Probe
+    | GrantSlots | TierChanged | OnboardChecked | OnboardOver
+)  # fmt: skip
+TO_SCHEDULER = (Probe, FirstToken, GrantSlots, TierChanged)  # its connector is told as well, and first
+NOT_TO_RANKS = (GrantSlots, TierChanged)
 
 # ---- mover → mover, in transfer notifications ------------------------------------------------------------------
 
@@ -286,9 +341,34 @@ class PushStep:
 
 
 @dataclass(slots=True)
+class OffloadStep:
+    """Blocks that this step completes, or that it found, and that are to be copied to the host tier."""
+
+    engine_id: str
+    block_ids: list[int]
+    hashes: list[bytes]
+    slots: list[int]  # of the host tier, one for each
+
+
+@dataclass(slots=True)
+class OnboardPlan:
+    """Blocks allocated on this worker for what the host tier holds."""
+
+    engine_id: str
+    request_id: str
+    skipped: int  # of the blocks that the worker process has pinned: found on the device after all
+    block_ids: list[int]  # destination
+    slots: list[int]  # source, one for each
+    ready: Ready | None = None  # set by the mover: the blocks may be written
+
+
+@dataclass(slots=True)
 class StepPlan:
     """What one engine step asks of the mover."""
 
+    offloads: list[OffloadStep] = field(default_factory=list)
+    onboards: list[OnboardPlan] = field(default_factory=list)
+    preempted_offloads: list[str] = field(default_factory=list)  # engine ids: as with pushes
     receives: list[ReceivePlan] = field(default_factory=list)
     pushes: list[PushStep] = field(default_factory=list)
     cancelled_receives: list[str] = field(default_factory=list)  # engine ids

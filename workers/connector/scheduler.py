@@ -11,13 +11,17 @@ import numpy as np
 
 from dynamo_lite.plane.wire import PushTarget
 from workers.connector.first_token import FirstTokens, go_on_with
+from workers.connector.offload_plan import OffloadPlans
 from workers.connector.protocol import (
     FIRST,
+    ONBOARD,
     PREPARED,
     PUSH,
     REMOTE,
     REQUEST_ID,
     FirstToken,
+    Offloaded,
+    OnboardPlan,
     PushStep,
     ReceivePlan,
     Report,
@@ -47,8 +51,12 @@ class PushProgress:
 class SchedulerSide:
     """One per engine, in the EngineCore; called by vLLM's scheduler, never concurrently."""
 
-    def __init__(self, block_size: int, min_remote_tokens: int, report: Callable[[Report], None]) -> None:
-        """`report` may be called at any time."""
+    def __init__(
+        self, block_size: int, min_remote_tokens: int, report: Callable[[Report], None],
+        offloads: OffloadPlans | None = None,
+    ) -> None:  # fmt: skip
+        """`report` may be called at any time. `offloads`: with a host tier."""
+        self._offloads = offloads
         self._block_size = block_size
         self._min_remote_tokens = min_remote_tokens
         self._report = report
@@ -56,21 +64,33 @@ class SchedulerSide:
         self._decided: set[str] = set()  # decode requests whose prompt has been dealt with: never asked twice
         self._computed: dict[str, int] = {}  # tokens found on the device, of requests not yet decided
         self._receiving: dict[str, Request] = {}
+        self._onboarding: set[str] = set()
         self._first_tokens = FirstTokens()
         self._pushes: dict[str, PushProgress] = {}
 
     # ---- decode ----
 
-    def remote_tokens(self, request: Request, computed: int) -> int:
-        """Tokens to ask a prefill worker for, `computed` being on the device already; 0 computes here."""
+    def external_tokens(self, request: Request, computed: int) -> int:
+        """Tokens that are to come from elsewhere, `computed` being on the device already; 0 computes all here."""
         params = request.kv_transfer_params or {}
-        if not params.get(REMOTE) or request.request_id in self._decided:
+        if request.request_id in self._decided or not (params.get(REMOTE) or ONBOARD in params):
             return 0
         self._computed[request.request_id] = computed
-        if self._prepared_otherwise(params, computed):
-            return 0
-        missing = request.num_prompt_tokens - computed
-        return missing if missing >= self._min_remote_tokens else 0
+        onboarded = max(computed, self._onboarded(params, computed))
+        if params.get(REMOTE) and not self._prepared_otherwise(params, onboarded):
+            missing: int = request.num_prompt_tokens - onboarded
+            if missing >= self._min_remote_tokens:
+                onboarded += missing
+        return onboarded - computed
+
+    def _onboarded(self, params: dict[str, Any], computed: int) -> int:
+        """Tokens of the prompt that are there once the tiers were read; 0 where they do not help.
+
+        The worker process looked before vLLM did: what has left the device since leaves a gap that nobody pinned.
+        """
+        pinned: tuple[int, list[int]] = params.get(ONBOARD, (0, []))
+        first, slots = pinned
+        return (first + len(slots)) * self._block_size if first * self._block_size <= computed else 0
 
     def _prepared_otherwise(self, params: dict[str, Any], computed: int) -> bool:
         """A prefill worker was asked already, for other tokens than are missing: blocks came, or went, meanwhile."""
@@ -79,10 +99,35 @@ class SchedulerSide:
     def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
         """vLLM has allocated the request's blocks; `external` tokens of them are to be received."""
         params = request.kv_transfer_params or {}
-        if not params.get(REMOTE) or request.request_id in self._decided:
+        if request.request_id in self._decided or not (params.get(REMOTE) or ONBOARD in params):
             return
         self._decided.add(request.request_id)
         computed = self._computed.pop(request.request_id, 0)
+        block_ids = blocks.get_block_ids()[0] if external else []
+        onboarded = min(computed + external, max(computed, self._onboarded(params, computed)))
+        if onboarded > computed:
+            self._onboard(request, params, block_ids, computed, onboarded)
+        if params.get(REMOTE):
+            self._receive(request, params, block_ids, onboarded, computed + external - onboarded)
+
+    def _onboard(
+        self, request: Request, params: dict[str, Any], block_ids: list[int], computed: int, onboarded: int
+    ) -> None:
+        """Have the blocks between these two counts of tokens read from the host tier."""
+        first, slots = params[ONBOARD]
+        start, end = computed // self._block_size, onboarded // self._block_size
+        self._onboarding.add(request.request_id)
+        self._plan.onboards.append(
+            OnboardPlan(
+                request.request_id, params[REQUEST_ID], start - first, list(block_ids[start:end]),
+                list(slots[start - first : end - first]),
+            )
+        )  # fmt: skip
+
+    def _receive(
+        self, request: Request, params: dict[str, Any], block_ids: list[int], computed: int, external: int
+    ) -> None:
+        """Have a prefill worker asked for the last `external` tokens of the prompt, `computed` being accounted for."""
         if not external:
             changed = self._prepared_otherwise(params, computed)
             reason = "prefix changed" if changed else "prefix hit" if computed else "short"
@@ -90,7 +135,6 @@ class SchedulerSide:
             return
         first = (request.num_prompt_tokens - external) // self._block_size
         last = -(-request.num_prompt_tokens // self._block_size)
-        (block_ids,) = blocks.get_block_ids()
         self._receiving[request.request_id] = request
         if params.get(FIRST):
             self._first_tokens.expect(params[REQUEST_ID])
@@ -110,6 +154,7 @@ class SchedulerSide:
     def received(self, engine_ids: Iterable[str]) -> None:
         """These receives have ended: vLLM is about to schedule their requests."""
         for engine_id in engine_ids:
+            self._onboarding.discard(engine_id)
             request = self._receiving.pop(engine_id, None)
             if request is not None:
                 token_id = self._first_tokens.take(request.kv_transfer_params[REQUEST_ID])
@@ -120,6 +165,8 @@ class SchedulerSide:
 
     def arrived(self, request: Request) -> None:
         """vLLM considers the request for scheduling, perhaps not for the first time."""
+        if self._offloads is not None:
+            self._offloads.arrived(request)
         packed = (request.kv_transfer_params or {}).get(PUSH)
         if packed is not None and request.request_id not in self._pushes and not request.num_preemptions:
             target = msgspec.msgpack.decode(packed, type=PushTarget)
@@ -146,24 +193,39 @@ class SchedulerSide:
 
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """What the workers are to do beside this step."""
+        self._drop_preempted(output.preempted_req_ids or set())
         for new in output.scheduled_new_reqs:
-            if new.req_id in self._pushes:
-                self._pushes[new.req_id].block_ids = list(new.block_ids[0])
-                self._step(new.req_id, new.num_computed_tokens + output.num_scheduled_tokens[new.req_id])
+            computed = new.num_computed_tokens + output.num_scheduled_tokens[new.req_id]
+            self._scheduled(new.req_id, list(new.block_ids[0]), True, computed)
         cached = output.scheduled_cached_reqs
         for index, engine_id in enumerate(cached.req_ids):
-            if engine_id not in self._pushes:
-                continue
             fresh = cached.new_block_ids[index]
-            if engine_id in cached.resumed_req_ids:
-                self._pushes[engine_id].block_ids.clear()
-            if fresh is not None:
-                self._pushes[engine_id].block_ids.extend(fresh[0])
-            self._step(engine_id, cached.num_computed_tokens[index] + output.num_scheduled_tokens[engine_id])
-        self._drop_preempted(output.preempted_req_ids or set())
+            computed = cached.num_computed_tokens[index] + output.num_scheduled_tokens[engine_id]
+            resumed = engine_id in cached.resumed_req_ids
+            self._scheduled(engine_id, list(fresh[0]) if fresh is not None else [], resumed, computed)
         plan, self._plan = self._plan, StepPlan()
         plan.idle = output.total_num_scheduled_tokens == 0
         return plan
+
+    def _scheduled(self, engine_id: str, fresh: list[int], resumed: bool, computed: int) -> None:
+        """This step computes the request up to `computed` tokens, and gives it blocks; `resumed`: these are all."""
+        push = self._pushes.get(engine_id)
+        if push is not None:
+            if resumed:
+                push.block_ids.clear()
+            push.block_ids.extend(fresh)
+            self._step(engine_id, computed)
+        if self._offloads is not None:
+            offload = self._offloads.step(engine_id, fresh, resumed, computed)
+            if offload is not None:
+                self._plan.offloads.append(offload)
+
+    def _offload_finished(self, offloads: OffloadPlans, engine_id: str) -> bool:
+        copied = offloads.finished(engine_id)
+        if offloads.missed:
+            self._report(Offloaded(-1, missed=offloads.missed))
+            offloads.missed = 0
+        return copied
 
     def _drop_preempted(self, preempted: set[str]) -> None:
         """A preempted prompt's blocks are given away: its push fails, and the decode worker turns elsewhere."""
@@ -171,6 +233,8 @@ class SchedulerSide:
             if self._pushes[engine_id].handed_over:  # else it simply starts again
                 del self._pushes[engine_id]
                 self._plan.preempted_pushes.append(engine_id)
+        if self._offloads is not None:
+            self._plan.preempted_offloads += filter(self._offloads.preempted, preempted)
 
     def finished(self, request: Request) -> bool:
         """vLLM is done with the request; True when its blocks must stay until the mover reports them sent."""
@@ -180,9 +244,13 @@ class SchedulerSide:
         if self._receiving.pop(engine_id, None) is not None:
             self._plan.cancelled_receives.append(engine_id)
             self._first_tokens.forget(request.kv_transfer_params[REQUEST_ID])
+        elif engine_id in self._onboarding:
+            self._plan.cancelled_receives.append(engine_id)
+        self._onboarding.discard(engine_id)
+        copied = self._offloads is not None and self._offload_finished(self._offloads, engine_id)
         push = self._pushes.pop(engine_id, None)
         if push is None or not push.handed_over:
-            return False
+            return copied
         if push.handed_over < push.target.first_token + push.target.tokens:
             self._plan.cancelled_pushes.append(engine_id)
         return True

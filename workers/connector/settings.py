@@ -15,3 +15,5 @@ class MoverSettings:
     window: int
     timeout_s: float
     verify: bool = False  # checksum every piece, end to end
+    arena: str = ""  # path of the host tier's memory; empty without one
+    ranks: int = 1  # of this worker

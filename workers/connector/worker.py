@@ -58,19 +58,29 @@ class WorkerSide:
         """Before the forward pass: receives need not wait for it to be launched, as it leaves their blocks alone."""
         self._plan, self._planned = plan, False
         if self._mover is not None:
-            self._mover.plan(StepPlan(receives=plan.receives, cancelled_receives=plan.cancelled_receives))
+            self._mover.plan(
+                StepPlan(
+                    receives=plan.receives, cancelled_receives=plan.cancelled_receives, onboards=plan.onboards
+                )
+            )  # fmt: skip
 
     def before_forward(self, plan: StepPlan) -> None:
         """Blocks of preempted prompts are about to be overwritten by this step."""
-        if self._mover is not None and plan.preempted_pushes:
+        if self._mover is None:
+            return
+        if plan.preempted_pushes:
             self._mover.cancel_pushes(plan.preempted_pushes)
+        if plan.preempted_offloads:
+            self._mover.cancel_offloads(plan.preempted_offloads)
 
     def after_forward(self) -> None:
-        """Hand the step's pushes to the mover. vLLM's V2 runner leaves this out of a step without a forward pass."""
+        """Hand the mover what leaves with the step. vLLM's V2 runner leaves this out of one without a forward pass."""
         if self._mover is not None and not self._planned:
             self._planned = True
             plan = self._plan
-            self._mover.plan(StepPlan(pushes=plan.pushes, cancelled_pushes=plan.cancelled_pushes))
+            self._mover.plan(
+                StepPlan(pushes=plan.pushes, cancelled_pushes=plan.cancelled_pushes, offloads=plan.offloads)
+            )
 
     def ended(self, finished: set[str]) -> Ended:
         if self._mover is None:

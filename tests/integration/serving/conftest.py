@@ -36,6 +36,24 @@ def apart(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @pytest.fixture(scope="session")
+def tiered(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """One worker with room for two of the longest prompts on its device, and for some more in its host memory."""
+    small = GROUP | {"kv_cache": "18MiB"}
+    tiers = {"workers": {"both": small}, "kv_tiers": {"host": {"size": "64MiB"}}}
+    with serve(tmp_path_factory.mktemp("tiered"), base | tiers) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="session")
+def tiered_apart(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """One prefill and one decode worker, both with a host tier."""
+    small = GROUP | {"kv_cache": "18MiB"}
+    tiers = {"workers": {"prefill": small, "decode": small}, "kv_tiers": {"host": {"size": "64MiB"}}}
+    with serve(tmp_path_factory.mktemp("tiered_apart"), base | tiers) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="session")
 def together(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """One worker that does both."""
     with serve(tmp_path_factory.mktemp("together"), base | {"workers": {"both": GROUP}}) as deployment:

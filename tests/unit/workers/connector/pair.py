@@ -66,7 +66,10 @@ class Side:
         self.reports.take(Alive)
 
 
-def _side(seed: int, staging_blocks: int, timeout_s: float, verify: bool) -> Side:
+def side(
+    seed: int, staging_blocks: int = 8, timeout_s: float = 5.0, verify: bool = False, arena: str = ""
+) -> Side:  # fmt: skip
+    """With a host tier at `arena`, if given."""
     generator = torch.Generator().manual_seed(seed)
     caches = {f"layer{i}": torch.randn(BLOCKS, 2, 16, generator=generator) for i in range(LAYERS)}
     planes = planes_of(caches, BLOCKS)
@@ -78,6 +81,7 @@ def _side(seed: int, staging_blocks: int, timeout_s: float, verify: bool) -> Sid
         window=2,
         timeout_s=timeout_s,
         verify=verify,
+        arena=arena,
     )
     reports = Reports()
     name = f"{uuid.uuid4().hex}:0"
@@ -87,7 +91,7 @@ def _side(seed: int, staging_blocks: int, timeout_s: float, verify: bool) -> Sid
 @contextmanager
 def pair(staging_blocks: int = 8, timeout_s: float = 5.0, verify: bool = False) -> Iterator[tuple[Side, Side]]:
     """(sender, receiver), closed at the end."""
-    sender, receiver = (_side(seed, staging_blocks, timeout_s, verify) for seed in (1, 2))
+    sender, receiver = (side(seed, staging_blocks, timeout_s, verify) for seed in (1, 2))
     try:
         yield sender, receiver
     finally:

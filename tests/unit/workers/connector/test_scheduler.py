@@ -89,7 +89,7 @@ def test_a_receive_asks_for_the_tokens_after_those_that_are_here(
     computed: int, first: int, tokens: int, blocks: int
 ) -> None:
     engine = Engine(16, 100)
-    external = engine.side.remote_tokens(engine.request, computed)
+    external = engine.side.external_tokens(engine.request, computed)
     assert external == tokens
     engine.side.allocated(engine.request, cast(Any, SimpleNamespace(get_block_ids=lambda: (engine.blocks,))), external)
     (receive,) = engine.side.plan(IDLE).receives
@@ -100,7 +100,7 @@ def test_a_receive_asks_for_the_tokens_after_those_that_are_here(
 def test_a_prompt_that_is_here_already_is_not_asked_for() -> None:
     engine = Engine(16, 17)
     engine.side = SchedulerSide(16, 8, engine.reports.append)
-    assert engine.side.remote_tokens(engine.request, 16) == 0
+    assert engine.side.external_tokens(engine.request, 16) == 0
     engine.side.allocated(engine.request, cast(Any, None), 0)
     assert engine.reports == [Skipped("r", "prefix hit")]
 
@@ -108,7 +108,7 @@ def test_a_prompt_that_is_here_already_is_not_asked_for() -> None:
 def test_a_prompt_that_was_prepared_is_received_under_the_id_it_was_asked_for_under() -> None:
     engine = Engine(16, 100)
     engine.request.kv_transfer_params[PREPARED] = (512, 2)
-    assert engine.side.remote_tokens(engine.request, 32) == 68
+    assert engine.side.external_tokens(engine.request, 32) == 68
     engine.side.allocated(engine.request, cast(Any, SimpleNamespace(get_block_ids=lambda: (engine.blocks,))), 68)
     (receive,) = engine.side.plan(IDLE).receives
     assert (receive.transfer_id, receive.first_block) == (512, 2)
@@ -118,7 +118,7 @@ def test_a_prompt_that_was_prepared_is_received_under_the_id_it_was_asked_for_un
 def test_a_prompt_that_was_prepared_for_other_tokens_is_computed_here(computed: int) -> None:
     engine = Engine(16, 100)
     engine.request.kv_transfer_params[PREPARED] = (512, 2)
-    assert engine.side.remote_tokens(engine.request, computed) == 0
+    assert engine.side.external_tokens(engine.request, computed) == 0
     engine.side.allocated(engine.request, cast(Any, None), 0)
     assert engine.reports == [Skipped("r", "prefix changed")]
     assert engine.side.plan(IDLE).receives == []
