@@ -118,7 +118,8 @@ class Tiers:
         here = [slot for slot, block_hash, well in report.blocks if self._filled(slot, block_hash, report.rank, well)]
         if here:
             self._task(self._store(here))
-        self._tell()
+        else:
+            self._grant()
 
     def _filled(self, slot: int, block_hash: bytes, rank: int, well: bool) -> bool:
         return self.manager.filled(slot, FullHash(block_hash), rank, well)

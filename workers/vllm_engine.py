@@ -230,6 +230,10 @@ class VllmEngine:
 
     async def generate(self, job: Job) -> AsyncGenerator[Output, None]:
         params: dict[str, Any] = {}
+        try:
+            sampling = sampling_params(job.sampling, params)  # refused before anything is pinned or prepared
+        except ValueError as error:
+            raise RequestError(str(error)) from error
         receive = None
         onboarding = self._onboard(job, job.trace_headers.get("traceparent", ""))
         if onboarding is not None:
@@ -239,7 +243,7 @@ class VllmEngine:
             params |= more
         stream = self._engine.generate(
             tokens_input(job.token_ids, cache_salt=job.cache_salt),
-            sampling_params(job.sampling, params or None),
+            sampling,
             job.request_id,
             trace_headers=job.trace_headers or None,
         )
@@ -249,7 +253,6 @@ class VllmEngine:
             async for result in results:
                 cached = None
                 if first:
-                    self._onboarded(job.request_id)
                     cached, first = self._cached_tokens(receive, result), False
                 if isinstance(result, int):
                     stopped = result in job.sampling.stop_token_ids
@@ -257,6 +260,7 @@ class VllmEngine:
                     if stopped:
                         break
                 else:
+                    self._onboarded(job.request_id)  # the engine's own word: a prefill worker's token may come before
                     yield output(result, cached)
         except EngineDeadError as error:
             raise WorkerError("the engine died") from error

@@ -30,7 +30,7 @@ def sampling_params(sampling: Sampling, kv_transfer: dict[str, Any] | None) -> S
         logit_bias=sampling.logit_bias,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
-        extra_args={"kv_transfer_params": kv_transfer} if kv_transfer else None,
+        extra_args={"kv_transfer_params": kv_transfer} if kv_transfer is not None else None,
     )
 
 
