@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import openai
 import pytest
 
 from tests.integration.serving.deployment import Deployment, total, until
@@ -115,6 +117,28 @@ def test_what_is_in_the_tier_is_onboarded_and_only_the_rest_prefilled_remotely(
     until(lambda: counted(tiered_apart, "decode-0", "onboarded") == before + 640 // BLOCK, "the shared part")
     after = total(tiered_apart.metrics("decode-0"), "nixl_transfer_bytes_total")
     assert after - moved == 640 // BLOCK * SLOT
+
+
+def test_answers_are_right_after_the_engine_was_killed_while_blocks_came_from_the_tier(
+    tiered: Deployment, together: Deployment
+) -> None:
+    prompts = [prompt(1000, 110 + number) for number in range(4)]
+    expected = [tokens(together, one, temperature=0) for one in prompts]
+    for one in prompts:
+        cached_tokens(tiered, one)
+    flush(tiered, 120)
+    starts = int(tiered.process_of("both-0")["starts"])
+    before = counted(tiered, "both-0", "onboarded")
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(tokens, tiered, one, temperature=0) for one in prompts]
+        until(lambda: counted(tiered, "both-0", "onboarded") > before, "the first prefix is being read")
+        os.kill(tiered.engine_pid("both-0"), signal.SIGKILL)
+        ended = [one.exception() for one in asked]
+    assert all(error is None or isinstance(error, openai.APIError) for error in ended)
+    until(lambda: tiered.restarted("both-0", starts + 1), "the worker was started again", 120)
+    assert [tokens(tiered, one, temperature=0) for one in prompts] == expected
+    flush(tiered, 130)
+    assert [tokens(tiered, one, temperature=0) for one in prompts] == expected
 
 
 def _flip_a_byte_of_every_slot(pid: int) -> None:
