@@ -145,6 +145,7 @@ class Router(Model):
     mode: Literal["kv", "round_robin", "least_loaded"] = "kv"
     overlap_weight: Annotated[float, Field(ge=0)] = 1.0
     load_weight: Annotated[float, Field(ge=0)] = 1.0
+    tier_weight: Annotated[float, Field(ge=0, le=1)] = 0.05  # onboarding a block, as part of computing it
     prefill_candidates: Annotated[int, Field(ge=1, le=16)] = 3
 
 

@@ -105,6 +105,11 @@ class PrefixIndex:
         if entry is not None:
             self._retire(entry)
 
+    @property
+    def tiered(self) -> bool:
+        """Whether some worker has, or had, blocks beneath its device."""
+        return bool(self._other)
+
     def match(self, hashes: Sequence[int], tier: Tier | None = None) -> dict[str, int]:
         """Leading blocks each worker holds, in `tier` or in any; without workers that lack the first."""
         if tier is None and self._other:

@@ -7,7 +7,7 @@ import msgspec
 from dynamo_lite.plane.layout import KvLayout
 from dynamo_lite.plane.wire import Fingerprint, Incarnation, InstanceRecord, LoadReport, Role
 from dynamo_lite.router.roster import Instance, Roster
-from kvbm.events import BlocksStored, KvEventBatch, KvSnapshot
+from kvbm.events import BlocksStored, KvEventBatch, KvSnapshot, Tier
 
 LAYOUT = KvLayout(2, 16, 2, 1, 4, 4, "float32", "NHKD", "NHKD")
 FINGERPRINT = Fingerprint("tiny", "r1", "sim", "sim", LAYOUT)
@@ -37,9 +37,9 @@ def roster(*records: InstanceRecord) -> Roster:
     return workers
 
 
-def store(workers: Roster, worker: InstanceRecord, hashes: list[int]) -> None:
+def store(workers: Roster, worker: InstanceRecord, hashes: list[int], tier: Tier = Tier.DEVICE) -> None:
     seq = workers.index.seq(worker.incarnation) + 1
-    workers.take_batch(KvEventBatch(worker.incarnation, seq, (BlocksStored(tuple(hashes)),)))
+    workers.take_batch(KvEventBatch(worker.incarnation, seq, (BlocksStored(tuple(hashes), tier=tier),)))
 
 
 def report(worker: InstanceRecord, seq: int = 1, *, used: int = 0, running: int = 0, **more: int) -> LoadReport:

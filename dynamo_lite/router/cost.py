@@ -16,13 +16,14 @@ class Candidate:
     prompt_blocks: int
     overlap_blocks: int  # of them, those it holds
     busy_blocks: float  # of the requests it works on or has queued
+    tier_blocks: int = 0  # of the overlap, those that it has to onboard first
 
 
 def score(candidate: Candidate, weights: config.Router) -> float:
     """Lower is better. The unit is the work of one block."""
     match weights.mode:
         case "kv":
-            missing = candidate.prompt_blocks - candidate.overlap_blocks
+            missing = candidate.prompt_blocks - candidate.overlap_blocks + weights.tier_weight * candidate.tier_blocks
             return weights.overlap_weight * missing + weights.load_weight * candidate.busy_blocks
         case "least_loaded":
             return candidate.busy_blocks
@@ -49,7 +50,8 @@ def reason(candidates: Sequence[Candidate], chosen: int, weights: config.Router)
     if weights.mode == "least_loaded":
         return f"least loaded: {winner.name}; {load}"
     if winner.overlap_blocks:
-        prefix = f"prefix {winner.overlap_blocks}/{winner.prompt_blocks} blocks on {winner.name}"
+        tier = f" ({winner.tier_blocks} in a tier)" if winner.tier_blocks else ""
+        prefix = f"prefix {winner.overlap_blocks}/{winner.prompt_blocks} blocks{tier} on {winner.name}"
     else:
         prefix = f"no prefix of {winner.prompt_blocks} blocks on {winner.name}"
     longest = max(others, key=lambda other: other.overlap_blocks, default=None)

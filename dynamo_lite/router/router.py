@@ -13,6 +13,7 @@ from dynamo_lite.router import metrics
 from dynamo_lite.router.cost import Candidate, cheapest, reason, score
 from dynamo_lite.router.load import Booking
 from dynamo_lite.router.roster import Instance, Roster
+from kvbm.events import Tier
 from kvbm.hashing import block_hashes
 
 
@@ -77,15 +78,11 @@ class Router:
         if not instances:
             raise NoInstance("decode", len(exclude))
         overlaps = self._overlaps(instances, token_ids, cache_salt)
-        candidates = [
-            Candidate(
-                each.record.name,
-                -(-len(token_ids) // each.record.fingerprint.block_size),
-                overlaps.get(each.record.incarnation, 0),
-                each.load.busy_blocks,
-            )
-            for each in instances
-        ]
+        candidates = []
+        for each in instances:
+            blocks = -(-len(token_ids) // each.record.fingerprint.block_size)
+            overlap, in_tiers = overlaps.get(each.record.incarnation, (0, 0))
+            candidates.append(Candidate(each.record.name, blocks, overlap, each.load.busy_blocks, in_tiers))
         scores = [score(candidate, self._weights) for candidate in candidates]
         chosen = cheapest(scores, self._turn)
         self._turn += 1
@@ -106,22 +103,26 @@ class Router:
 
     def _overlaps(
         self, instances: Sequence[Instance], token_ids: Sequence[int], cache_salt: str | None
-    ) -> dict[str, int]:
-        """Leading blocks of the prompt each worker holds.
+    ) -> dict[str, tuple[int, int]]:
+        """Leading blocks of the prompt each worker holds, and how many of them it has to onboard.
 
         The last token is always computed, so a block that ends the prompt is never of use.
         """
         sizes = {each.record.fingerprint.block_size for each in instances}
         if self._weights.mode != "kv" or len(token_ids) < 2:
             return {}
-        overlaps: dict[str, int] = {}
+        overlaps: dict[str, tuple[int, int]] = {}
+        index = self._roster.index
         for size in sizes:  # nearly always one
-            depths = self._roster.index.match(block_hashes(token_ids, size, cache_salt))
+            hashes = block_hashes(token_ids, size, cache_salt)
+            depths = index.match(hashes)
+            on_device = index.match(hashes, Tier.DEVICE) if index.tiered else depths
             longest = (len(token_ids) - 1) // size
             for each in instances:
                 if each.record.fingerprint.block_size == size:
                     incarnation = each.record.incarnation
-                    overlaps[incarnation] = min(depths.get(incarnation, 0), longest)
+                    overlap = min(depths.get(incarnation, 0), longest)
+                    overlaps[incarnation] = overlap, max(0, overlap - on_device.get(incarnation, 0))
         return overlaps
 
     def _prefill_candidates(self, decode: Instance, exclude: Collection[Incarnation]) -> list[Instance]:

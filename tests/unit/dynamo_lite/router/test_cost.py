@@ -18,6 +18,12 @@ def test_kv_weighs_missing_blocks_and_load() -> None:
     assert score(A, Router(overlap_weight=2.0, load_weight=0.5)) == 16 + 1.5
 
 
+def test_a_block_in_a_tier_costs_a_part_of_a_missing_one() -> None:
+    tiered = Candidate("decode-0", 20, 12, 3.0, tier_blocks=8)
+    assert score(tiered, Router(tier_weight=0.25)) == 8 + 2 + 3
+    assert score(tiered, Router(tier_weight=0.25, overlap_weight=2.0)) == 20 + 3
+
+
 def test_least_loaded_ignores_prefixes_and_round_robin_everything() -> None:
     assert score(A, Router(mode="least_loaded")) == 3.0
     assert score(A, Router(mode="round_robin")) == score(B, Router(mode="round_robin"))
@@ -33,6 +39,7 @@ def test_ties_take_turns() -> None:
         ([A, B], 0, "kv", "prefix 12/20 blocks on decode-0; load 3.0 vs 5.0"),
         ([A, B], 1, "kv", "no prefix of 20 blocks on decode-1, though decode-0 has 12 at load 3.0; load 5.0 vs 3.0"),
         ([A], 0, "kv", "prefix 12/20 blocks on decode-0; load 3.0"),
+        ([Candidate("d", 9, 7, 1.0, 3)], 0, "kv", "prefix 7/9 blocks (3 in a tier) on d; load 1.0"),
         ([A, B], 0, "least_loaded", "least loaded: decode-0; load 3.0 vs 5.0"),
         ([A, B], 1, "round_robin", "round robin over 2: decode-1"),
     ],

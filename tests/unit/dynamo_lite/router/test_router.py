@@ -12,6 +12,7 @@ from dynamo_lite.errors import NoInstance
 from dynamo_lite.plane.wire import Role
 from dynamo_lite.router import metrics
 from dynamo_lite.router.router import Router
+from kvbm.events import Tier
 from kvbm.hashing import block_hashes
 from tests.instances import instance, record, report, roster, store
 
@@ -135,3 +136,16 @@ def test_predicted_minus_actual_hits_are_measured() -> None:
 @pytest.mark.parametrize("length", [1, 2, 15, 16])
 def test_a_prompt_shorter_than_a_block_is_placed(length: int) -> None:
     assert Router(roster(D[0]), Weights()).place(PROMPT[:length]).prompt_blocks == 1
+
+
+def test_of_two_workers_with_the_prefix_the_one_that_has_it_on_its_device_is_chosen() -> None:
+    workers = roster(D[0], D[1])
+    hashes = block_hashes(PROMPT[:192], 16)
+    store(workers, D[0], hashes[:4])
+    store(workers, D[0], hashes, Tier.HOST)
+    store(workers, D[1], hashes)
+    placement = Router(workers, Weights()).place(PROMPT)
+    assert placement.decode == D[1]
+    assert placement.scores == {"decode-0": 8 + 0.05 * 8, "decode-1": 8.0}
+    alone = Router(workers, Weights()).place(PROMPT, exclude=[D[1].incarnation])
+    assert alone.reason.startswith("prefix 12/20 blocks (8 in a tier) on decode-0")
