@@ -88,17 +88,58 @@ _STAGING = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 _PIECE = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
 
 
+Admission = Literal["always", "second_use"]  # second_use: what no second request has stays out
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
 class HostTier(Model):
-    """KV blocks in host memory, for those that the device has no room for any more."""
+    """KV blocks in host memory, for those that the device has no room for any more. Every tier below is behind it."""
 
     size: Bytes  # per worker
-    admission: Literal["always", "second_use"] = "always"  # second_use: what no second request has stays out
+    admission: Admission = "always"
+    eviction: Literal["lru", "fifo"] = "lru"
+
+
+class StorageTier(Model):
+    """What the tiers beneath host memory have in common: blocks get there from host memory, some time later."""
+
+    admission: Admission = "always"
+    flush_interval_ms: Annotated[int, Field(ge=0)] = 500  # how long a block may wait for others to be written with
+    watermark: Share = 0.25  # of host memory waiting to be written: then it is written at once
+    timeout_ms: Annotated[int, Field(gt=0)] = 2000  # longest wait of a request for it, and of a write for an answer
+
+
+class DiskTier(StorageTier):
+    """KV blocks in a file on a local or mounted volume."""
+
+    path: Path  # a folder; each worker makes one of its own in it
+    size: Bytes  # per worker
+    eviction: Literal["lru", "fifo"] = "lru"
+
+
+class ObjectTier(StorageTier):
+    """KV blocks in an S3-compatible store, shared by all workers of the same model and layout, in any cluster."""
+
+    url: Annotated[str, Field(pattern=r"^s3://[^/]+")]  # s3://bucket/prefix
+    endpoint: str | None = None  # http(s)://host:port; default: AWS
+    region: str = "us-east-1"
+    access_key_id: str | None = Field(default=None, repr=False)  # default: the environment's, or the host's role's
+    secret_access_key: str | None = Field(default=None, repr=False)
+    refresh_s: Annotated[float, Field(gt=0)] = 60.0  # how often it is listed for what others have stored
 
 
 class KvTiers(Model):
     """Where KV goes beneath the device."""
 
     host: HostTier | None = None
+    disk: DiskTier | None = None
+    object: ObjectTier | None = None
+
+    @model_validator(mode="after")
+    def _all_is_behind_host_memory(self) -> KvTiers:
+        if self.host is None and (self.disk or self.object):
+            raise ValueError("disk and object tiers need 'host': blocks get there through it, and come back through it")
+        return self
 
 
 class WorkerGroup(Model):

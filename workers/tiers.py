@@ -22,7 +22,8 @@ from kvbm.events import BlocksCleared, BlocksStored, KvEvent, Tier
 from kvbm.hashing import FullHash, full_block_hashes
 from kvbm.manager import BlockManager
 from kvbm.policy import Forecast, OnboardCost
-from kvbm.tiers.host import HostMemory, slot_bytes
+from kvbm.tiers.host import HostMemory
+from kvbm.tiers.record import stride_bytes
 from kvbm.tiers.slots import Stored
 from workers.connector.protocol import (
     ONBOARD,
@@ -90,7 +91,7 @@ class Tiers:
 
         Raises ValueError when the memory is too small for this model.
         """
-        self._slot_bytes = slot_bytes(block_bytes, ranks)
+        self._slot_bytes = stride_bytes(block_bytes * ranks)
         self._block_bytes, self._ranks, self._block_size = block_bytes * ranks, ranks, block_size
         slots = self.memory.size // self._slot_bytes
         if slots < 2:

@@ -1,4 +1,4 @@
-"""The host tier's memory: one memfd, cut into slots of one block each, shared with the engine's processes.
+"""The host tier's memory: one memfd, cut into slots of one record each, shared with the engine's processes.
 
 It belongs to the worker process, so it outlives an engine that is started again, and ends with its last user, also
 after kill −9. Only this user's processes can open it.
@@ -8,13 +8,6 @@ from __future__ import annotations
 
 import mmap
 import os
-
-_PAGE = 4096  # slots begin on pages, as a disk tier's direct I/O wants it
-
-
-def slot_bytes(block_bytes: int, ranks: int) -> int:
-    """Bytes from one slot to the next, for a block of which each rank has `block_bytes`."""
-    return -(-block_bytes * ranks // _PAGE) * _PAGE
 
 
 class HostMemory:

@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from kvbm.tiers.host import slot_bytes
+from kvbm.tiers.record import stride_bytes
 from workers.errors import TransferError
 from workers.transfer.pack import Copier, Copy
 from workers.transfer.ready import Ready
@@ -32,7 +32,7 @@ class Arena:
         finally:
             os.close(file)
         self._copier, self._block_bytes = copier, copier.block_bytes
-        self._slot_bytes = slot_bytes(copier.block_bytes, ranks)
+        self._slot_bytes = stride_bytes(copier.block_bytes * ranks)
         self._start = rank * copier.block_bytes
         self._scratch: torch.Tensor | None = None
         if device.type == "cuda":

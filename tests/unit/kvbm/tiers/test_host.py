@@ -1,18 +1,11 @@
-"""The host tier's memory is shared with processes of the same user, by name, and cut on pages."""
+"""The host tier's memory is shared with processes of the same user, by name."""
 
 from __future__ import annotations
 
 import mmap
 import os
 
-import pytest
-
-from kvbm.tiers.host import HostMemory, slot_bytes
-
-
-@pytest.mark.parametrize(("block", "ranks", "slot"), [(4096, 1, 4096), (4097, 1, 8192), (1000, 4, 4096), (1, 1, 4096)])
-def test_a_slot_holds_every_rank_and_begins_on_a_page(block: int, ranks: int, slot: int) -> None:
-    assert slot_bytes(block, ranks) == slot
+from kvbm.tiers.host import HostMemory
 
 
 def test_what_another_process_writes_by_the_path_is_seen() -> None:

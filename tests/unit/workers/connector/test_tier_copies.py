@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kvbm.tiers.host import HostMemory, slot_bytes
+from kvbm.tiers.host import HostMemory
+from kvbm.tiers.record import stride_bytes
 from tests.unit.workers.connector.pair import LAYOUT, Side, side
 from workers.connector.protocol import (
     GiveUp,
@@ -28,7 +29,7 @@ HASHES = [bytes([number]) * 32 for number in range(8)]
 
 @pytest.fixture
 def memory() -> Iterator[HostMemory]:
-    made = HostMemory(16 * slot_bytes(BLOCK_BYTES, 1))
+    made = HostMemory(16 * stride_bytes(BLOCK_BYTES))
     yield made
     made.close()
 
