@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dynamo_lite.config import EtcdAddress
 from dynamo_lite.plane.discovery import Discovery
-from workers.service import scope
+from dynamo_lite.tasks import scope
 
 ROOT = Path(__file__).resolve().parents[1]
 READY_S = 300.0  # the first start converts the model, on a machine that may be busy

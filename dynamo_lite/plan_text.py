@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from dynamo_lite.config import Config
 from dynamo_lite.plan import Plan, PlannedProcess, gib
 
 
@@ -25,11 +26,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield from _table([("frontend", plan.frontend), ("nats", plan.nats), ("etcd", plan.etcd)])
     yield ""
     yield "KV tiers"
-    host = plan.config.kv_tiers.host
-    tiers = [("device", _device_tier(plan))]
-    if host is not None and plan.config.engine != "sim":
-        tiers.append(("host", f"{gib(host.size)} on each worker, admission {host.admission}"))
-    yield from _table(tiers)
+    yield from _table([("device", _device_tier(plan)), *_tiers(plan.config)])
     yield ""
     yield "KV moves by"
     paths = [(f"{path.source} → {path.target}", path.via) for path in plan.transfers]
@@ -57,6 +54,19 @@ def _row(process: PlannedProcess) -> Sequence[str]:
         gib(memory.overhead),
         gib(memory.total),
     )
+
+
+def _tiers(config: Config) -> Iterator[tuple[str, str]]:
+    tiers = config.kv_tiers
+    if config.engine == "sim":
+        return
+    if tiers.host is not None:
+        yield "host", f"{gib(tiers.host.size)} on each worker, admission {tiers.host.admission}"
+    if tiers.disk is not None:
+        yield "disk", f"{gib(tiers.disk.size)} on each worker, under {tiers.disk.path}, admission {tiers.disk.admission}"
+    if tiers.object is not None:
+        at = f" at {tiers.object.endpoint}" if tiers.object.endpoint else ""
+        yield "object", f"{tiers.object.url}{at}, admission {tiers.object.admission}"
 
 
 def _device_tier(plan: Plan) -> str:

@@ -1,4 +1,4 @@
-"""Loops that run beside a body of code."""
+"""Tasks that run beside a body of code, and end with it."""
 
 from __future__ import annotations
 
@@ -26,3 +26,18 @@ async def background(*loops: Coroutine[Any, Any, NoReturn]) -> AsyncIterator[Non
         if len(errors.exceptions) > 1:
             raise
         raise errors.exceptions[0] from errors.exceptions[0].__cause__
+
+
+class _Ended(Exception):  # not an error: the body of `scope` is done
+    """Ends a task group."""
+
+
+@asynccontextmanager
+async def scope() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group whose remaining tasks are cancelled at the end of the body."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            yield group
+            raise _Ended
+    except* _Ended:
+        pass

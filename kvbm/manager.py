@@ -1,8 +1,9 @@
-"""The block manager of one worker: which blocks its tiers hold beneath the device, and who is using them.
+"""The block manager of one worker: which blocks its host tier holds, which are on their way there, and who uses them.
 
-It decides and remembers; others move the bytes. A block gets to the host tier in two phases: a slot is granted, every
-rank of the worker fills its share of it, and only when its checksum is known can it be found. One that is to be
-onboarded is pinned under its owner's name until the owner lets go.
+It decides and remembers; others move the bytes. A block gets to the host tier in two phases. From the device: a slot is
+granted, every rank of the worker fills its share of it, and only when its checksum is known can it be found. From a
+tier beneath: it is expected in a slot of its own until it has arrived and proven to be right. One that is to be
+onboarded is pinned under its owner's name until the owner lets go. What the tiers beneath hold they know themselves.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class BlockManager:
         self._pins: dict[str, list[Stored]] = {}  # by owner
         self._events: list[KvEvent] = []
         self._lost: list[FullHash] = []
+        self._gained: list[FullHash] = []
         self.counts = Counts()
 
     # ---- offload ----
@@ -91,7 +93,35 @@ class BlockManager:
         self.counts.missed += 1
         self._host.give_back(slot)
 
+    # ---- from a tier beneath ----
+
+    def expect(self, hashes: Sequence[FullHash]) -> list[Stored]:
+        """Slots for the first of these blocks, as many as can be had, each pinned once for whoever brings its content.
+
+        None of them is here or expected yet. `arrived` or `failed`, of each, must follow.
+        """
+        slots, evicted = self._host.grant(len(hashes))
+        self.counts.evicted += len(evicted)
+        self._removed(evicted)
+        return [self._host.expect(slot, block_hash) for slot, block_hash in zip(slots, hashes, strict=False)]
+
+    def arrived(self, block: Stored, checksum: int) -> None:
+        """Its content is in its slot, and right."""
+        if self._host.arrive(block, checksum):
+            self._gained.append(block.hash)
+            self._events.append(BlocksStored((low64(block.hash),), tier=Tier.HOST))
+        self._host.unpin([block])
+
+    def failed(self, block: Stored) -> None:
+        """Its content does not come."""
+        self._host.drop(block)
+        self._host.unpin([block])
+
     # ---- onboard ----
+
+    def find(self, block_hash: FullHash) -> Stored | None:
+        """The block, here or expected."""
+        return self._host.find(block_hash) or self._host.expected(block_hash)
 
     def match(self, hashes: Sequence[FullHash]) -> list[Stored]:
         """The longest prefix of `hashes` that is stored."""
@@ -104,9 +134,8 @@ class BlockManager:
         return found
 
     def pin(self, owner: str, blocks: Sequence[Stored]) -> None:
-        """Keep them where they are until `unpin(owner)`; an owner pins once."""
-        assert owner not in self._pins, f"{owner} pins twice"
-        self._pins[owner] = list(blocks)
+        """Keep them where they are until `unpin(owner)`."""
+        self._pins.setdefault(owner, []).extend(blocks)
         self._host.pin(blocks)
 
     def unpin(self, owner: str) -> None:
@@ -152,6 +181,11 @@ class BlockManager:
         """Blocks that cannot be found any more, or never could be, since the last call."""
         lost, self._lost = self._lost, []
         return lost
+
+    def gained(self) -> list[FullHash]:
+        """Blocks that came from a tier beneath, since the last call; some of them may be `lost` by now."""
+        gained, self._gained = self._gained, []
+        return gained
 
     def events(self) -> tuple[KvEvent, ...]:
         """What changed since the last call, in order."""

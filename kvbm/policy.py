@@ -1,11 +1,14 @@
-"""Whether to read a prefix from a tier or to compute it again, from what both have taken lately.
+"""Whether to read a prefix from the tiers or to compute it again, from what both have taken lately.
 
 Only what the two do not share is compared: both wait for the engine's next step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from kvbm.events import Tier
 
 _DECAY = 0.8  # of what was measured before, at each new measurement
 _LEAST_TOKENS = 64  # shorter prompts say little about the speed of computing long ones
@@ -13,55 +16,118 @@ _REFUSALS = 32  # after so many in a row reading is measured anew
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
-    """Seconds; None where nothing was measured yet."""
+class Part:
+    """Some blocks of a prefix, one after another, that lie in one tier."""
 
-    onboard_s: float | None
-    compute_s: float | None
+    tier: Tier
+    blocks: int
+    queued: int = 0  # bytes that the tier is to move before them
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """For a prefix: how much of it to read, and what both ways will take. Seconds; None: not measured yet."""
+
+    blocks: int  # to be read; 0: computing all is faster
+    onboard_s: float | None  # of these, and of computing the others
+    compute_s: float | None  # of computing all
 
     @property
     def onboard(self) -> bool:
-        """Unless computing is known to be faster: reading once is how that becomes known."""
-        return self.onboard_s is None or self.compute_s is None or self.onboard_s <= self.compute_s
+        return self.blocks > 0
 
 
 @dataclass(slots=True)
-class _Speed:
-    """Seconds for an amount, of which large ones count for more than small ones."""
+class Line:
+    """Seconds for an amount: a latency and a rate, fitted to what was measured lately by least squares.
 
-    seconds: float = 0.0
+    Measurements of about one size say nothing of the latency; then the time is in proportion to the amount.
+    """
+
+    weight: float = 0.0
     amount: float = 0.0
+    seconds: float = 0.0
+    squares: float = 0.0  # of the amounts
+    products: float = 0.0  # amount × seconds
 
     def add(self, amount: float, seconds: float) -> None:
-        self.seconds = self.seconds * _DECAY + seconds
-        self.amount = self.amount * _DECAY + amount
+        for name, value in (
+            ("weight", 1.0), ("amount", amount), ("seconds", seconds),
+            ("squares", amount * amount), ("products", amount * seconds),
+        ):  # fmt: skip
+            setattr(self, name, getattr(self, name) * _DECAY + value)
 
-    def for_(self, amount: float) -> float | None:
-        return amount * self.seconds / self.amount if self.amount else None
+    def seconds_for(self, amount: float) -> float | None:
+        """None before the first measurement."""
+        if not self.amount:
+            return None
+        mean, mean_s = self.amount / self.weight, self.seconds / self.weight
+        spread = self.squares / self.weight - mean * mean
+        rate, latency = mean_s / mean, 0.0
+        if spread > 0.01 * mean * mean:
+            slope = (self.products / self.weight - mean * mean_s) / spread
+            # A latency below nothing, or bytes that cost nothing, are noise: the proportion is the better guess.
+            if 0 < slope < rate:
+                rate, latency = slope, mean_s - slope * mean
+        return latency + rate * amount
 
 
 @dataclass(slots=True)
 class OnboardCost:
     """What was measured on this worker."""
 
-    _onboard: _Speed = field(default_factory=_Speed)
-    _compute: _Speed = field(default_factory=_Speed)
+    _copy: Line = field(default_factory=Line)  # bytes from host memory to the device
+    _reads: dict[Tier, Line] = field(default_factory=dict)  # bytes from a tier beneath to host memory
+    _compute: Line = field(default_factory=Line)  # tokens
     _refused: int = 0
 
     def onboarded(self, size: int, seconds: float) -> None:
-        """Checking and copying a prefix of `size` bytes took that long."""
+        """Checking `size` bytes of a prefix in host memory, and copying them to the device, took that long."""
         if size > 0:
-            self._onboard.add(size, seconds)
+            self._copy.add(size, seconds)
+
+    def read(self, tier: Tier, size: int, seconds: float) -> None:
+        """Reading that many bytes from a tier beneath took that long, what was queued before them included in both."""
+        if size > 0:
+            self._reads.setdefault(tier, Line()).add(size, seconds)
 
     def computed(self, tokens: int, seconds: float) -> None:
         """That many tokens of a prompt were computed in that time."""
         if tokens >= _LEAST_TOKENS and seconds > 0:
             self._compute.add(tokens, seconds)
 
-    def forecast(self, size: int, tokens: int) -> Forecast:
-        """For a prefix of that many bytes in a tier, and tokens to compute otherwise."""
+    def forecast(self, parts: Sequence[Part], block_bytes: int, block_size: int) -> Forecast:
+        """For a prefix whose parts, in its order, lie in these tiers: its leading parts are read, the rest computed.
+
+        What has not been measured is read: once is how its time becomes known.
+        """
         if self._refused >= _REFUSALS:
-            self._onboard, self._refused = _Speed(), 0
-        forecast = Forecast(self._onboard.for_(size), self._compute.for_(tokens))
-        self._refused = 0 if forecast.onboard else self._refused + 1
-        return forecast
+            self._copy, self._refused = Line(), 0
+            self._reads.clear()
+        every = sum(part.blocks for part in parts)
+        compute_s = self._compute.seconds_for(every * block_size)
+        best = Forecast(0, compute_s, compute_s)
+        for count in range(1, len(parts) + 1):
+            blocks = sum(part.blocks for part in parts[:count])
+            read_s = self._read_s(parts[:count], block_bytes)
+            rest_s = self._compute.seconds_for((every - blocks) * block_size) if blocks < every else 0.0
+            if read_s is None or rest_s is None or compute_s is None:
+                best = Forecast(blocks, None, compute_s)
+            elif best.onboard_s is not None and read_s + rest_s <= best.onboard_s:
+                best = Forecast(blocks, read_s + rest_s, compute_s)
+        self._refused = 0 if best.onboard else self._refused + 1
+        return best
+
+    def _read_s(self, parts: Sequence[Part], block_bytes: int) -> float | None:
+        """Until all of these are on the device: tiers are read side by side, and what has come is copied meanwhile."""
+        copy_s = self._copy.seconds_for(sum(part.blocks for part in parts) * block_bytes)
+        reads: dict[Tier, float] = {}
+        for part in parts:
+            if part.tier is Tier.HOST:
+                continue
+            size = part.blocks * block_bytes + (part.queued if part.tier not in reads else 0)
+            seconds = self._reads.get(part.tier, Line()).seconds_for(size)
+            if seconds is None:
+                return None
+            reads[part.tier] = reads.get(part.tier, 0.0) + seconds
+        return None if copy_s is None else copy_s + max(reads.values(), default=0.0)

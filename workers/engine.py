@@ -134,12 +134,16 @@ class TierLoad:
 
     tier: Tier
     used_bytes: int
-    size_bytes: int
+    size_bytes: int  # 0: without a limit of ours
+    hits: int  # blocks that were looked for here, and found
+    misses: int
     offloaded: int  # blocks that came here
-    onboarded: int  # blocks that went back to the device
+    onboarded: int  # blocks that went back: from the host tier to the device, from others to host memory
     evicted: int
     missed: int  # given up on their way here
     corrupt: int  # dropped, as their content was not what was stored
+    waiting: int = 0  # to be written here
+    on: bool = True  # it works
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 # Twice as long at each step: quantiles are then right to a factor of 1.4 from 0.1 ms to 3 s.
 _TRANSFER_SECONDS = tuple(0.0001 * 2**step for step in range(16))
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_TIER_EVENTS = ("hits", "misses", "offloaded", "onboarded", "evicted", "missed", "corrupt")  # fields of TierLoad
 
 
 class WorkerMetrics:
@@ -57,8 +58,10 @@ class WorkerMetrics:
         self._hold_reasons: set[str] = set()
         self._tier_bytes = Gauge("kv_tier_used_bytes", "Bytes of the stored blocks", ["tier"], registry=registry)
         self._tier_size = Gauge("kv_tier_size_bytes", "Size of the tier", ["tier"], registry=registry)
+        self._tier_on = Gauge("kv_tier_on", "1 while the tier works, 0 while it is off", ["tier"], registry=registry)
+        self._tier_waiting = Gauge("kv_tier_waiting_blocks", "To be written there", ["tier"], registry=registry)
         self._tier_blocks = Counter(
-            "kv_tier_blocks", "Blocks offloaded, onboarded, evicted, missed (given up on their way), corrupt",
+            "kv_tier_blocks", "Blocks, by what became of them: " + ", ".join(_TIER_EVENTS),
             ["tier", "event"], registry=registry,
         )  # fmt: skip
         self._tier_loads: dict[Tier, TierLoad] = {}
@@ -88,7 +91,9 @@ class WorkerMetrics:
         self._tier_bytes.labels(load.tier).set(load.used_bytes)
         self._tier_size.labels(load.tier).set(load.size_bytes)
         before = self._tier_loads.get(load.tier)
-        for event in ("offloaded", "onboarded", "evicted", "missed", "corrupt"):
+        self._tier_on.labels(load.tier).set(load.on)
+        self._tier_waiting.labels(load.tier).set(load.waiting)
+        for event in _TIER_EVENTS:
             grown = getattr(load, event) - (getattr(before, event) if before is not None else 0)
             self._tier_blocks.labels(load.tier, event).inc(grown)
         self._tier_loads[load.tier] = load

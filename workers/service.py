@@ -6,8 +6,7 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 
 from dynamo_lite.config import ProcessSpec
 from dynamo_lite.errors import ProtocolMismatch, WorkerError, WorkerLost
@@ -28,21 +27,6 @@ log = logging.getLogger(__name__)
 DRAIN_DEADLINE_S = 30.0  # what runs longer than this after SIGTERM is aborted
 LAST_ARRIVALS_S = 0.25  # for requests that were sent before our deregistration was known
 SETTLE_DEADLINE_S = 5.0  # for aborted requests to end, and again for their last deltas to leave
-
-
-class _Ended(Exception):  # not an error: the body of `scope` is done
-    """Ends a task group."""
-
-
-@asynccontextmanager
-async def scope() -> AsyncIterator[asyncio.TaskGroup]:
-    """A task group whose remaining tasks are cancelled at the end of the body."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            yield group
-            raise _Ended
-    except* _Ended:
-        pass
 
 
 def instance_record(spec: ProcessSpec, incarnation: Incarnation, info: EngineInfo, metrics_url: str) -> InstanceRecord:

@@ -25,7 +25,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from dynamo_lite.config import ProcessSpec, WorkerGroup
 from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerError
 from dynamo_lite.plane.wire import Fingerprint, Incarnation, Role, Sampling
-from dynamo_lite.tasks import background
+from dynamo_lite.tasks import background, scope
+from kvbm.errors import TierRefused
 from kvbm.events import KvEvent, Tier
 from workers.connector.channel import WorkerEnd
 from workers.connector.protocol import (
@@ -60,7 +61,9 @@ from workers.first_token import may_be_chosen_elsewhere, results_after
 from workers.kv_feed import KvFeed
 from workers.pulse import Pulse
 from workers.receives import Receive, Receives
-from workers.tiers import Onboarding, Tiers
+from workers.tiers.onboarding import Onboarding
+from workers.tiers.place import place_of
+from workers.tiers.tiers import Tiers
 from workers.vllm_arguments import arguments
 from workers.vllm_stats import EngineStats, stat_logger
 from workers.vllm_values import output, sampling_params
@@ -110,10 +113,9 @@ class VllmEngine:
 
     def prepare(self) -> None:
         """Load the model in an EngineCore process; blocks until it is ready. Raises StartError."""
-        host = self._spec.config.kv_tiers.host
         try:
-            if host is not None:
-                self._tiers = Tiers(host)
+            if self._spec.config.kv_tiers.host is not None:
+                self._tiers = Tiers(self._spec.config.kv_tiers)
                 self._arena = self._tiers.memory.path
                 self._stats.prefilled = self._tiers.cost.computed
             config = arguments(
@@ -146,11 +148,7 @@ class VllmEngine:
         self._receives = Receives(self._incarnation, layout, self._channel.command, self._timeout_s, group)
         self._feed = KvFeed(self._channel.endpoint("events"), self._channel.endpoint("replay"))
         if self._tiers is not None:
-            try:
-                self._tiers.start(fingerprint.block_bytes, self._ranks, layout.block_size, self._channel.command, group)
-            except ValueError as error:
-                raise StartError(self._spec.name, str(error)) from error
-            await self._stack.enter_async_context(background(self._tiers.forward(self._feed.events())))
+            await self._start_tiers(self._tiers, fingerprint, self._feed)
         self._block_bytes = fingerprint.block_bytes * self._ranks
         return EngineInfo(
             fingerprint,
@@ -159,6 +157,15 @@ class VllmEngine:
             self._workers.max_num_seqs,
             tuple(self._hellos[rank].agent for rank in range(self._ranks)),
         )
+
+    async def _start_tiers(self, tiers: Tiers, fingerprint: Fingerprint, feed: KvFeed) -> None:
+        group = await self._stack.enter_async_context(scope())  # reads of a dead volume are left behind at the end
+        try:
+            place = place_of(self._spec.name, fingerprint, self._spec.model_path)
+            await tiers.start(fingerprint, place, self._channel.command, group)
+        except (ValueError, OSError, TierRefused) as error:
+            raise StartError(self._spec.name, str(error)) from error
+        await self._stack.enter_async_context(background(tiers.forward(feed.events()), *tiers.loops()))
 
     def _fingerprint(self, hello: Hello) -> Fingerprint:
         assert hello.layout is not None, "a rank's connector says how its KV lies"
@@ -189,11 +196,13 @@ class VllmEngine:
             if self._llm.output_handler is not None:
                 self._llm.output_handler.cancel()  # first, or it reports the end of the engine as a failure
             await asyncio.to_thread(self._llm.shutdown)
+        if self._tiers is not None:
+            await self._tiers.flush()
         await self._stack.aclose()
         if self._feed is not None:
             self._feed.close()
         if self._tiers is not None:
-            self._tiers.close()
+            await self._tiers.close()
         self._channel.close()
 
     @property

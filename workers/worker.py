@@ -21,11 +21,11 @@ from dynamo_lite.plane import discovery_set
 from dynamo_lite.plane.bus import Bus
 from dynamo_lite.plane.wire import Incarnation, RequestId, Role, Sampling
 from dynamo_lite.status import Phase, Status
-from dynamo_lite.tasks import background
+from dynamo_lite.tasks import background, scope
 from dynamo_lite.telemetry import metrics_server, setup_logging, tracing
 from workers.engine import Engine, Job
 from workers.metrics import WorkerMetrics
-from workers.service import Service, instance_record, scope
+from workers.service import Service, instance_record
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from dynamo_lite.plane.wire import (
     decode,
     encode,
 )
-from workers.service import scope
+from dynamo_lite.tasks import scope
 
 REQUEST_S = 120.0
 

@@ -7,9 +7,9 @@ where. That, and turning a tier off that fails, is up to whoever uses it (`kvbm.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from kvbm.events import Tier
 from kvbm.hashing import FullHash
@@ -45,6 +45,10 @@ class StorageTier(Protocol):
 
         Raises TierRefused (another worker uses it, …), TierFailed (does not work now: `probe` later does the rest).
         """
+        ...
+
+    def loops(self) -> list[Coroutine[object, object, NoReturn]]:
+        """What its user has to run as long as the tier is open."""
         ...
 
     async def probe(self) -> None:

@@ -6,8 +6,18 @@ after kill −9. Only this user's processes can open it.
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import TypeVar
+
+from kvbm.tiers.base import HostRecord
+from kvbm.tiers.record import Records
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 class HostMemory:
@@ -32,3 +42,35 @@ class HostMemory:
     def close(self) -> None:
         """Views stay valid; nobody can open it any more."""
         os.close(self._fd)
+
+
+class HostRecords:
+    """The records in a host tier's slots. What has to read them does so on `threads`: it takes time, not the loop's."""
+
+    def __init__(self, memory: HostMemory, records: Records, threads: Executor) -> None:
+        self._memory, self.layout, self._threads = memory, records, threads
+
+    @property
+    def slots(self) -> int:
+        """How many fit."""
+        return self._memory.size // self.layout.stride
+
+    def view(self, slot: int) -> memoryview:
+        """The slot's record, `[bytes]`."""
+        return self._memory.view(slot * self.layout.stride, self.layout.bytes)
+
+    async def seal(self, records: Sequence[HostRecord]) -> list[int]:
+        """Write the trailers of blocks that have come from the device; returns the blocks' checksums."""
+        return await self._each(records, lambda one: self.layout.seal(self.view(one.slot), one.hash))
+
+    async def checksums(self, slots: Sequence[int]) -> list[int]:
+        """Of the blocks in these slots, as they are now."""
+        return await self._each(slots, lambda slot: self.layout.checksum(self.view(slot)))
+
+    async def proven(self, records: Sequence[HostRecord]) -> list[int | None]:
+        """The checksum of each that its slot really holds, whole; None of the others."""
+        return await self._each(records, lambda one: self.layout.proven(self.view(one.slot), one.hash))
+
+    async def _each(self, items: Sequence[S], work: Callable[[S], T]) -> list[T]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: [work(item) for item in items])

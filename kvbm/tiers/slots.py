@@ -1,7 +1,9 @@
-"""Equal places of a tier: each is free, granted to somebody who fills it, or stored, when its block can be found.
+"""Equal places of a tier: each is free, granted to somebody who fills it, expecting a block, or stored.
 
-Two phases: a granted place becomes visible only by `store`, once its content is there and its checksum known. The least
-recently used block that nobody has pinned is evicted first, of one prefix the tail before the head.
+Two phases: a place becomes visible only by `store` or `arrive`, once its content is there and its checksum known. Who
+grants a place does not know what will be in it; one that expects a block has its name already, so that everybody who
+wants it waits for the same copy. The least recently used block that nobody has pinned is evicted first, of one prefix
+the tail before the head.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ class Stored:
     hash: FullHash
     checksum: int  # of its bytes, taken when it was stored
     pins: int = 0
+    here: bool = True  # its content is; it is only expected otherwise
     dropped: bool = False  # cannot be found any more, and is free once nobody pins it
 
 
@@ -33,6 +36,7 @@ class SlotTable:
         self._granted: set[int] = set()
         self._stored: dict[FullHash, Stored] = {}
         self._idle: OrderedDict[FullHash, None] = OrderedDict()  # stored and unpinned, least recently used first
+        self._expected: dict[FullHash, Stored] = {}
         self._dropped: dict[int, Stored] = {}  # by slot, still pinned
 
     @property
@@ -76,8 +80,32 @@ class SlotTable:
         self._idle[block_hash] = None
         return True
 
+    def expect(self, slot: int, block_hash: FullHash) -> Stored:
+        """A granted slot is to hold that block, from elsewhere; pinned once, for whoever brings it."""
+        assert block_hash not in self._expected, "a block is brought twice at once"
+        self._granted.remove(slot)
+        block = self._expected[block_hash] = Stored(slot, block_hash, 0, pins=1, here=False)
+        return block
+
+    def arrive(self, block: Stored, checksum: int) -> bool:
+        """The content of an expected block is there. False where another slot holds it too by now: then the block
+        cannot be found by its name, but whoever pins it may use it.
+        """
+        del self._expected[block.hash]
+        block.here, block.checksum = True, checksum
+        if block.hash in self._stored:
+            block.dropped = True
+            self._dropped[block.slot] = block
+            return False
+        self._stored[block.hash] = block
+        return True
+
     def find(self, block_hash: FullHash) -> Stored | None:
         return self._stored.get(block_hash)
+
+    def expected(self, block_hash: FullHash) -> Stored | None:
+        """A block that is on its way here."""
+        return self._expected.get(block_hash)
 
     def touch(self, hashes: Sequence[FullHash]) -> None:
         """These blocks of one prefix, in its order, have just been used."""
@@ -106,9 +134,10 @@ class SlotTable:
 
     def drop(self, block: Stored) -> None:
         """Forget a block, e.g. since its content is not what was stored; its slot is free once nobody pins it."""
-        if block.dropped or self._stored.get(block.hash) is not block:
+        where = self._stored if block.here else self._expected
+        if block.dropped or where.get(block.hash) is not block:
             return
-        del self._stored[block.hash]
+        del where[block.hash]
         self._idle.pop(block.hash, None)
         if block.pins:
             block.dropped = True
@@ -118,7 +147,9 @@ class SlotTable:
 
     def check(self) -> None:
         """Assert the invariants; for tests."""
-        slots = [*self._free, *self._granted, *self._dropped, *(one.slot for one in self._stored.values())]
+        named = [*self._stored.values(), *self._expected.values()]
+        slots = [*self._free, *self._granted, *self._dropped, *(one.slot for one in named)]
+        assert all(one.pins > 0 and not one.here for one in self._expected.values())
         assert sorted(slots) == list(range(self.count))
         assert set(self._idle) == {one.hash for one in self._stored.values() if not one.pins}
         assert all(one.pins > 0 and one.dropped for one in self._dropped.values())

@@ -371,7 +371,7 @@ class Mover:
             case StopPush():
                 self._sender.stop(command.request_id)
             case OnboardChecked() if self._onboarder is not None:
-                self._onboarder.checked(command.request_id, command.blocks)
+                self._onboarder.checked(command)
             case OnboardOver() if self._onboarder is not None:
                 self._onboarder.over(command.request_id)
             case Probe():

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from workers.connector.arena import Arena
-from workers.connector.protocol import Onboarded, OnboardPlan, Report
+from workers.connector.protocol import OnboardChecked, Onboarded, OnboardPlan, Report
 from workers.transfer.pack import Copy
 
 CANCELLED = "cancelled"
@@ -38,7 +38,7 @@ class Onboarder:
         self._arena, self._rank, self._report = arena, rank, report
         self._patience_s = timeout_s * _PATIENCE
         self._open: dict[str, _Onboarding] = {}  # by request id
-        self._checked: dict[str, int] = {}  # by request id: blocks, as pinned, that are right
+        self._checked: dict[str, OnboardChecked] = {}  # by request id: the last word on what was pinned
         self._over: OrderedDict[str, None] = OrderedDict()  # request ids whose slots must not be read any more
         self.received: list[str] = []  # engine ids, for vLLM; one for each plan
         self.invalid_blocks: set[int] = set()
@@ -50,9 +50,11 @@ class Onboarder:
         else:
             self._open[plan.request_id] = onboarding
 
-    def checked(self, request_id: str, blocks: int) -> None:
-        if request_id not in self._over:
-            self._checked[request_id] = blocks
+    def checked(self, checked: OnboardChecked) -> None:
+        if checked.request_id not in self._over:
+            self._checked[checked.request_id] = checked
+            if checked.request_id in self._open:
+                self._open[checked.request_id].until = time.monotonic() + self._patience_s
 
     def cancel(self, engine_id: str) -> None:
         """The request was aborted: release its blocks now."""
@@ -78,20 +80,25 @@ class Onboarder:
     def _advance(self, onboarding: _Onboarding) -> bool:
         plan = onboarding.plan
         checked = self._checked.get(plan.request_id)
-        if checked is None:
-            if time.monotonic() > onboarding.until:
-                self._end(onboarding, SILENT)
+        right, begun = self._right(plan), len(onboarding.copies)
+        if (checked is None or (checked.more and begun == right)) and time.monotonic() > onboarding.until:
+            self._end(onboarding, SILENT)
             return False
-        right = max(0, min(len(plan.slots), checked - plan.skipped))
-        if not onboarding.started_ns:
+        if right and not onboarding.started_ns:
             onboarding.started_ns = time.time_ns()
-        begun = len(onboarding.copies)
         for number in range(begun, min(right, begun + _AT_ONCE)):
             onboarding.copies.append(self._arena.get(plan.slots[number], plan.block_ids[number], plan.ready))
+        if checked is None or checked.more:
+            return len(onboarding.copies) > begun
         if len(onboarding.copies) == right and all(copy.done for copy in onboarding.copies):
             self._end(onboarding, "" if right == len(plan.slots) else CORRUPT, right)
             return True
         return len(onboarding.copies) > begun
+
+    def _right(self, plan: OnboardPlan) -> int:
+        """How many of the plan's blocks may be copied by now."""
+        checked = self._checked.get(plan.request_id)
+        return 0 if checked is None else max(0, min(len(plan.slots), checked.blocks - plan.skipped))
 
     def _end(self, onboarding: _Onboarding, cause: str, right: int = 0) -> None:
         """Of its blocks the first `right` are usable."""
@@ -116,7 +123,13 @@ class Onboarder:
     @property
     def moving(self) -> bool:
         """Something is being copied, or could be."""
-        return any(request_id in self._checked for request_id in self._open)
+        return any(self._moves(onboarding) for onboarding in self._open.values())
+
+    def _moves(self, onboarding: _Onboarding) -> bool:
+        checked = self._checked.get(onboarding.plan.request_id)
+        if checked is None:
+            return False
+        return not checked.more or len(onboarding.copies) < self._right(onboarding.plan)
 
     @property
     def blocks(self) -> int:

@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dynamo_lite.config import EtcdAddress
 from dynamo_lite.plane import discovery_set
 from dynamo_lite.plane.wire import InstanceRecord
-from workers.service import scope
+from dynamo_lite.tasks import scope
 
 READY_S = 240.0  # two engines on two busy cores; an idle machine needs 20 s
 STOP_S = 60.0

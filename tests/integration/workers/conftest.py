@@ -42,9 +42,10 @@ from dynamo_lite.plane.wire import (
 )
 from dynamo_lite.processes import Child, running
 from dynamo_lite.status import Phase
+from dynamo_lite.tasks import scope
 from kvbm.events import KvEventBatch, KvSnapshot
 from workers.metrics import WorkerMetrics
-from workers.service import Service, instance_record, scope
+from workers.service import Service, instance_record
 from workers.sim_engine import SimEngine
 
 DEADLINE_S = 30.0

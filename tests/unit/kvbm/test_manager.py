@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvbm.events import BlocksRemoved, BlocksStored, Tier
 from kvbm.hashing import FullHash, low64
 from kvbm.manager import BlockManager
+from kvbm.tiers.slots import Stored
 
 
 def named(number: int) -> FullHash:
@@ -77,6 +78,28 @@ def test_a_corrupt_block_is_dropped_counted_and_told_once_though_it_is_pinned() 
     assert len(manager.grant(1)) == 1
 
 
+def test_a_block_from_a_tier_beneath_is_told_once_it_has_arrived() -> None:
+    manager = BlockManager(2, ranks=1)
+    (block, other) = manager.expect([named(1), named(2), named(3)])
+    assert manager.find(named(1)) is block
+    assert manager.match([named(1)]) == []
+    manager.arrived(block, 7)
+    manager.failed(other)
+    assert manager.match([named(1)]) == [block]
+    assert manager.gained() == [named(1)]
+    assert manager.find(named(2)) is None
+    assert manager.events() == (BlocksStored((low64(named(1)),), tier=Tier.HOST),)
+    manager.check()
+
+
+def test_a_block_that_comes_is_not_evicted_while_it_comes() -> None:
+    manager = BlockManager(1, ranks=1)
+    (block,) = manager.expect([named(1)])
+    assert manager.grant(1) == []
+    manager.arrived(block, 7)
+    assert manager.grant(1) == [block.slot]
+
+
 class Managers(RuleBasedStateMachine):
     """What the events and `lost` say is what can be matched."""
 
@@ -86,6 +109,7 @@ class Managers(RuleBasedStateMachine):
         self.granted: list[int] = []
         self.told: set[int] = set()
         self.owners = 0
+        self.expected: list[Stored] = []
 
     @rule(count=st.integers(0, 5))
     def grant(self, count: int) -> None:
@@ -99,9 +123,23 @@ class Managers(RuleBasedStateMachine):
             self.manager.store(slot, number)
 
     @rule(numbers=st.lists(st.integers(0, 6), max_size=3, unique=True))
+    def expect(self, numbers: list[int]) -> None:
+        self.expected += self.manager.expect([one for one in map(named, numbers) if self.manager.find(one) is None])
+
+    @precondition(lambda self: self.expected)
+    @rule(comes=st.booleans())
+    def bring(self, comes: bool) -> None:
+        block = self.expected.pop(0)
+        if comes:
+            self.manager.arrived(block, 1)
+        else:
+            self.manager.failed(block)
+
+    @rule(numbers=st.lists(st.integers(0, 6), max_size=3, unique=True))
     def pin(self, numbers: list[int]) -> None:
         self.owners += 1
-        self.manager.pin(str(self.owners), self.manager.match([named(number) for number in numbers]))
+        found = (self.manager.find(named(number)) for number in numbers)
+        self.manager.pin(str(self.owners), [block for block in found if block is not None])
 
     @rule(owner=st.integers(1, 30))
     def unpin(self, owner: int) -> None:

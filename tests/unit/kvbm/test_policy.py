@@ -3,45 +3,104 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kvbm.policy import OnboardCost
+from kvbm.events import Tier
+from kvbm.policy import Forecast, Line, OnboardCost, Part
+
+BYTES, TOKENS = 10**6, 100  # of a block
+
+
+def forecast(cost: OnboardCost, *parts: Part) -> Forecast:
+    return cost.forecast(parts, BYTES, TOKENS)
+
+
+def host(blocks: int) -> Part:
+    return Part(Tier.HOST, blocks)
+
+
+def disk(blocks: int, queued: int = 0) -> Part:
+    return Part(Tier.DISK, blocks, queued)
+
+
+def measured(host_s: float, disk_s: float, compute_s: float) -> OnboardCost:
+    """Seconds of a block each."""
+    cost = OnboardCost()
+    cost.onboarded(10 * BYTES, 10 * host_s)
+    cost.read(Tier.DISK, 10 * BYTES, 10 * disk_s)
+    cost.computed(10 * TOKENS, 10 * compute_s)
+    return cost
 
 
 def test_before_anything_is_known_a_prefix_is_read() -> None:
     cost = OnboardCost()
-    assert cost.forecast(1000, 100).onboard
+    assert forecast(cost, host(1)).blocks == 1
     cost.computed(1000, 1.0)
-    assert cost.forecast(1000, 100).onboard, "it is not known how long reading takes"
+    assert forecast(cost, host(1)).blocks == 1, "it is not known how long reading takes"
+    cost.onboarded(BYTES, 0.001)
+    assert forecast(cost, host(1), disk(2)).blocks == 3, "nor how long the disk takes"
 
 
 def test_the_faster_way_is_chosen_and_both_are_predicted() -> None:
-    cost = OnboardCost()
-    cost.onboarded(10**6, 0.1)
-    cost.computed(1000, 1.0)
-    near = cost.forecast(10**6, 200)
-    assert near.onboard_s == pytest.approx(0.1)
-    assert near.compute_s == pytest.approx(0.2)
-    assert near.onboard
-    assert not cost.forecast(10**6, 50).onboard
+    near = forecast(measured(0.1, 9.0, 0.2), host(2))
+    assert (near.blocks, near.onboard_s, near.compute_s) == (2, pytest.approx(0.2), pytest.approx(0.4))
+    assert not forecast(measured(0.3, 9.0, 0.2), host(2)).onboard
 
 
-def test_large_prefixes_count_for_more_than_small_ones_whose_time_is_mostly_overhead() -> None:
-    cost = OnboardCost()
-    cost.onboarded(10**8, 1.0)
-    cost.onboarded(10**3, 0.01)
-    assert cost.forecast(10**8, 1).onboard_s == pytest.approx(1.0, rel=0.05)
+def test_of_a_prefix_over_several_tiers_only_the_part_that_pays_is_read() -> None:
+    cost = measured(0.1, 0.5, 0.2)
+    partly = forecast(cost, host(4), disk(4))
+    assert (partly.blocks, partly.onboard_s) == (4, pytest.approx(0.4 + 0.8))
+    assert forecast(measured(0.01, 0.1, 0.2), host(4), disk(4)).blocks == 8
+
+
+def test_a_tier_that_is_busy_is_predicted_to_take_longer() -> None:
+    cost = measured(0.01, 0.1, 0.2)
+    assert forecast(cost, disk(4)).onboard_s == pytest.approx(0.44)
+    assert not forecast(cost, disk(4, queued=8 * BYTES)).onboard
+
+
+def test_tiers_are_read_side_by_side() -> None:
+    cost = measured(0.01, 0.1, 1.0)
+    cost.read(Tier.OBJECT, 10 * BYTES, 2.0)
+    both = forecast(cost, disk(4), Part(Tier.OBJECT, 4))
+    assert both.onboard_s == pytest.approx(0.08 + 0.8)
 
 
 def test_short_prompts_say_nothing_of_the_speed_of_computing() -> None:
     cost = OnboardCost()
     cost.computed(10, 5.0)
-    assert cost.forecast(1, 1).compute_s is None
+    assert forecast(cost, host(1)).compute_s is None
 
 
 def test_reading_that_was_slow_once_is_tried_again_after_a_while() -> None:
-    cost = OnboardCost()
-    cost.onboarded(10**6, 10.0)
-    cost.computed(1000, 0.1)
-    refused = [cost.forecast(10**6, 100).onboard for _ in range(40)]
+    cost = measured(10.0, 10.0, 0.1)
+    refused = [forecast(cost, host(1)).onboard for _ in range(40)]
     assert not any(refused[:32])
     assert refused[32]
+
+
+def test_a_latency_is_told_from_a_rate_once_both_small_and_large_amounts_were_measured() -> None:
+    line = Line()
+    for amount in (1, 10, 100, 5, 50):
+        line.add(amount, 2.0 + 0.1 * amount)
+    assert line.seconds_for(1000) == pytest.approx(102.0)
+    assert line.seconds_for(1) == pytest.approx(2.1)
+
+
+def test_amounts_of_one_size_are_taken_in_proportion() -> None:
+    line = Line()
+    for _ in range(5):
+        line.add(100, 2.0)
+    assert line.seconds_for(50) == pytest.approx(1.0)
+
+
+@given(st.lists(st.tuples(st.floats(1, 1e9), st.floats(0, 100)), min_size=1, max_size=20), st.floats(1, 1e9))
+def test_no_measurements_make_a_prediction_below_nothing(measured: list[tuple[float, float]], amount: float) -> None:
+    line = Line()
+    for one in measured:
+        line.add(*one)
+    seconds = line.seconds_for(amount)
+    assert seconds is not None
+    assert seconds >= 0

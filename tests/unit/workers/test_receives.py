@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dynamo_lite.errors import PrefillFailed
 from dynamo_lite.plane.layout import KvLayout
 from dynamo_lite.plane.wire import Incarnation, PushTarget, RankTarget
+from dynamo_lite.tasks import scope
 from workers.connector.protocol import (
     NO_STAGING,
     Command,
@@ -22,7 +23,6 @@ from workers.connector.protocol import (
 )
 from workers.engine import TransferReport
 from workers.receives import Receives
-from workers.service import scope
 
 RANKS = 2
 PREPARE = Prepare("r", 256, 3, 100)

@@ -69,6 +69,43 @@ def test_the_slot_of_a_dropped_block_is_not_granted_while_somebody_reads_it() ->
     assert table.grant(1) == ([block.slot], [])
 
 
+def test_a_block_that_is_expected_is_found_only_once_it_has_arrived() -> None:
+    table = SlotTable(2)
+    (slot,), _ = table.grant(1)
+    block = table.expect(slot, named(1))
+    assert table.find(named(1)) is None
+    assert table.expected(named(1)) is block
+    assert table.arrive(block, 5)
+    table.unpin([block])
+    assert table.find(named(1)) is block
+    assert table.expected(named(1)) is None
+
+
+def test_an_expected_block_that_does_not_come_frees_its_slot_once_nobody_waits_for_it() -> None:
+    table = SlotTable(1)
+    (slot,), _ = table.grant(1)
+    block = table.expect(slot, named(1))
+    table.pin([block])
+    table.drop(block)
+    table.unpin([block])
+    assert table.grant(1) == ([], [])
+    table.unpin([block])
+    assert table.grant(1) == ([slot], [])
+
+
+def test_who_waited_for_a_block_may_use_it_though_another_copy_was_faster() -> None:
+    table = SlotTable(2)
+    (slot,), _ = table.grant(1)
+    block = table.expect(slot, named(1))
+    (first,) = filled(table, 1)
+    assert not table.arrive(block, 1)
+    assert block.here
+    assert table.find(named(1)) is first
+    table.check()
+    table.unpin([block])
+    assert table.grant(1) == ([slot], [])
+
+
 class Tables(RuleBasedStateMachine):
     """Against a plain dict and list."""
 
@@ -78,6 +115,7 @@ class Tables(RuleBasedStateMachine):
         self.model: dict[FullHash, int] = {}
         self.granted: list[int] = []
         self.pinned: list[list[Stored]] = []
+        self.expected: list[Stored] = []
 
     @rule(count=st.integers(0, 6))
     def grant(self, count: int) -> None:
@@ -102,9 +140,30 @@ class Tables(RuleBasedStateMachine):
     def give_back(self) -> None:
         self.table.give_back(self.granted.pop(0))
 
+    @precondition(lambda self: self.granted)
+    @rule(number=st.integers(0, 8))
+    def expect(self, number: int) -> None:
+        if self.table.expected(named(number)) is None:
+            self.expected.append(self.table.expect(self.granted.pop(), named(number)))
+
+    @precondition(lambda self: self.expected)
+    @rule(comes=st.booleans())
+    def bring(self, comes: bool) -> None:
+        block = self.expected.pop(0)
+        if not comes:
+            self.table.drop(block)
+        elif self.table.arrive(block, 1):
+            assert block.hash not in self.model
+            self.model[block.hash] = block.slot
+        else:
+            assert block.hash in self.model
+        self.table.unpin([block])
+
     @rule(numbers=st.lists(st.integers(0, 8), unique=True))
     def pin(self, numbers: list[int]) -> None:
-        blocks = [block for number in numbers if (block := self.table.find(named(number))) is not None]
+        find, expected = self.table.find, self.table.expected
+        named_ = [named(number) for number in numbers]
+        blocks = [block for one in named_ if (block := find(one) or expected(one)) is not None]
         self.table.pin(blocks)
         self.pinned.append(blocks)
 

@@ -1,0 +1,51 @@
+"""The tiers beneath host memory, as the configuration has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from dynamo_lite import config
+from kvbm.manager import BlockManager
+from kvbm.policy import OnboardCost
+from kvbm.storage import Storage, StoragePolicy
+from kvbm.tiers.base import StorageTier
+from kvbm.tiers.disk import DiskTier
+from kvbm.tiers.host import HostMemory, HostRecords
+from kvbm.tiers.object import ObjectTier
+from workers.tiers import metrics
+from workers.tiers.files import HostFile
+from workers.tiers.objects import StoreBlobs
+from workers.tiers.place import Place
+
+
+def storages_of(
+    settings: config.KvTiers, place: Place, memory: HostMemory, records: HostRecords, manager: BlockManager,
+    cost: OnboardCost, changed: Callable[[], None],
+) -> list[Storage]:  # fmt: skip
+    """Nearest first. Nothing is opened or contacted. Raises TierRefused."""
+    return [
+        Storage(tier, _policy(chosen, manager.slots), manager, records, cost, changed, partial(metrics.observe, tier.tier))
+        for chosen, tier in _tiers(settings, place, memory, records)
+    ]
+
+
+def _tiers(
+    settings: config.KvTiers, place: Place, memory: HostMemory, records: HostRecords
+) -> Iterator[tuple[config.StorageTier, StorageTier]]:
+    layout = records.layout
+    if settings.disk is not None:
+        yield settings.disk, DiskTier()
+    if settings.object is not None:
+        blobs = StoreBlobs(settings.object, memory, layout)
+        yield settings.object, ObjectTier(blobs, layout, place.namespace, place.description, settings.object.refresh_s)
+
+
+def _policy(settings: config.StorageTier, slots: int) -> StoragePolicy:
+    """`slots`: of host memory."""
+    return StoragePolicy(
+        flush_interval_s=settings.flush_interval_ms / 1000,
+        watermark=max(1, int(settings.watermark * slots)),
+        second_use=settings.admission == "second_use",
+        timeout_s=settings.timeout_ms / 1000,
+    )
