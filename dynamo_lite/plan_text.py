@@ -63,7 +63,8 @@ def _tiers(config: Config) -> Iterator[tuple[str, str]]:
     if tiers.host is not None:
         yield "host", f"{gib(tiers.host.size)} on each worker, admission {tiers.host.admission}"
     if tiers.disk is not None:
-        yield "disk", f"{gib(tiers.disk.size)} on each worker, under {tiers.disk.path}, admission {tiers.disk.admission}"
+        where = f"{gib(tiers.disk.size)} on each worker, under {tiers.disk.path}"
+        yield "disk", f"{where}, admission {tiers.disk.admission}"
     if tiers.object is not None:
         at = f" at {tiers.object.endpoint}" if tiers.object.endpoint else ""
         yield "object", f"{tiers.object.url}{at}, admission {tiers.object.admission}"
