@@ -244,10 +244,14 @@ class TierChanged(msgspec.Struct, frozen=True, tag="tier"):
 
 
 class OnboardChecked(msgspec.Struct, frozen=True, tag="checked"):
-    """The first `blocks` blocks that this request is to onboard are what was stored; the next one is not, if any."""
+    """The first `blocks` blocks that this request is to onboard are what was stored.
+
+    The next one is not, if there is one, unless `more` are still to be checked: then another word follows.
+    """
 
     request_id: str
     blocks: int
+    more: bool = False
 
 
 class OnboardOver(msgspec.Struct, frozen=True, tag="onboard_over"):

@@ -99,6 +99,29 @@ def test_the_word_of_what_is_right_may_come_before_the_plan_and_counts_what_the_
     assert same(worker.blocks([20, 21]), worker.blocks([2, 3]))
 
 
+def test_blocks_are_copied_while_later_ones_are_still_being_checked(worker: Side) -> None:
+    offload(worker, [1, 2, 3], [0, 1, 2])
+    worker.reports.take(Offloaded)
+    onboard(worker, [20, 21, 22], [0, 1, 2])
+    worker.mover.command(OnboardChecked("r", 2, more=True))
+    worker.look()
+    worker.look()
+    assert same(worker.blocks([20, 21]), worker.blocks([1, 2]))
+    assert worker.reports.latest(Onboarded) is None
+    worker.mover.command(OnboardChecked("r", 3))
+    assert worker.reports.take(Onboarded).blocks == 3
+    assert same(worker.blocks([22]), worker.blocks([3]))
+
+
+def test_nothing_counts_as_read_when_the_word_of_the_last_blocks_does_not_come(memory: HostMemory) -> None:
+    worker = side(1, timeout_s=0.02, arena=memory.path)
+    onboard(worker, [20, 21], [0, 1])
+    worker.mover.command(OnboardChecked("r", 1, more=True))
+    assert worker.reports.take(Onboarded).cause == "silent"
+    assert worker.mover.ended(set()).invalid_blocks == {20, 21}
+    worker.mover.close()
+
+
 @pytest.mark.parametrize("planned", [True, False])
 def test_what_nobody_wants_any_more_is_not_read_whenever_its_plan_comes(worker: Side, planned: bool) -> None:
     untouched = worker.blocks([20])
