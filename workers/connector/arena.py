@@ -74,6 +74,11 @@ class Arena:
             self._copier.scatter_each(block_ids, self._scratch[: len(slots)], ready)
         return self._copier.begun(len(slots) * self.block_bytes)
 
+    def close(self) -> None:
+        """Nothing is copied any more."""
+        if self._scratch is not None:
+            torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
+
     def _runs(self, slots: Sequence[int]) -> Iterator[tuple[int, int]]:
         """(first, count) of those that lie one behind the other, so that one copy takes them all."""
         dense, first = self._slot_bytes == self.block_bytes, 0

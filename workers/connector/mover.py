@@ -101,14 +101,15 @@ class Mover:
         self._contacts = Contacts(engine, settings.rank, settings.timeout_s, report)
         self._sender = Sender(engine, self._contacts, outgoing, copier, settings, report)
         self._receiver = Receiver(engine, self._contacts, incoming, copier, settings, report)
+        self._arena: Arena | None = None
         self._offloader: Offloader | None = None
         self._onboarder: Onboarder | None = None
         if settings.arena:
             own = Copier(planes, settings.rank)  # its copies are long, and pushes must not wait behind them
             own.warm()
-            arena = Arena(settings.arena, settings.rank, settings.ranks, own, planes.device)
-            self._offloader = Offloader(arena, settings.rank, report)
-            self._onboarder = Onboarder(arena, settings.rank, settings.timeout_s, report)
+            self._arena = Arena(settings.arena, settings.rank, settings.ranks, own, planes.device)
+            self._offloader = Offloader(self._arena, settings.rank, report)
+            self._onboarder = Onboarder(self._arena, settings.rank, settings.timeout_s, report)
         self.agent = engine.metadata()  # for other workers; here, before the thread owns the engine
         self._notes = msgspec.msgpack.Decoder(Note)
         self._todo: deque[Callable[[], None]] = deque()
@@ -236,6 +237,8 @@ class Mover:
             self._tell_holds(now, late=now - self._told < _HOLDS_S)
         self._sender.fail_all("shutdown")
         self._engine.close()
+        if self._arena is not None:
+            self._arena.close()
 
     def _pause(self) -> float | None:
         quiet_s = time.monotonic() - self._moved

@@ -61,10 +61,10 @@ class Offloader:
                 moved = True
             under_way += len(offload.copies)
         for _ in range(_UNDER_WAY - under_way):
-            offload = next((one for one in self._offloads if one.begun < len(one.step.slots)), None)
-            if offload is None or not offload.ready.passed:
+            waiting = next((one for one in self._offloads if one.begun < len(one.step.slots)), None)
+            if waiting is None or not waiting.ready.passed:
                 break
-            self._begin(offload)
+            self._begin(waiting)
             moved = True
         while self._offloads and self._offloads[0].over:
             self._end(self._offloads.popleft(), well=True)
