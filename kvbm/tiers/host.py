@@ -45,10 +45,11 @@ class HostMemory:
 
 
 class HostRecords:
-    """The records in a host tier's slots. What has to read them does so on `threads`: it takes time, not the loop's."""
+    """The records in a host tier's slots. Whatever reads them does so on threads: one alone is slower than a GPU."""
 
-    def __init__(self, memory: HostMemory, records: Records, threads: Executor) -> None:
-        self._memory, self.layout, self._threads = memory, records, threads
+    def __init__(self, memory: HostMemory, records: Records, threads: Executor, share: int = 1) -> None:
+        """`threads`: `share` of them may be used at a time for one call."""
+        self._memory, self.layout, self._threads, self._share = memory, records, threads, share
 
     @property
     def slots(self) -> int:
@@ -72,5 +73,7 @@ class HostRecords:
         return await self._each(records, lambda one: self.layout.proven(self.view(one.slot), one.hash))
 
     async def _each(self, items: Sequence[S], work: Callable[[S], T]) -> list[T]:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, lambda: [work(item) for item in items])
+        loop, each = asyncio.get_running_loop(), -(-len(items) // self._share)
+        shares = [items[first : first + each] for first in range(0, len(items), each or 1)]
+        works = [loop.run_in_executor(self._threads, lambda mine: [work(item) for item in mine], one) for one in shares]
+        return [result for done in await asyncio.gather(*works) for result in done]

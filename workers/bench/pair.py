@@ -191,15 +191,21 @@ class Pair:
 
 
 @contextmanager
-def started(wires: Wires, ucx: Mapping[str, str], deadline_s: float) -> Iterator[Pair]:
-    """On a core each where there are two and the bytes are in host memory. The user's own UCX settings win."""
+def started(
+    wires: Wires, ucx: Mapping[str, str], deadline_s: float, gpus: tuple[str, str] | None = None
+) -> Iterator[Pair]:
+    """On a core each where there are two and the bytes are in host memory. The user's own UCX settings win.
+
+    `gpus`: the only one that the sender, and the receiver, sees, as with workers.
+    """
     cores = sorted(os.sched_getaffinity(0))
     pinned = len(cores) > 1 and wires.device == "cpu"
     env = {"NIXL_LOG_LEVEL": "WARN", **ucx, **os.environ}
     with ExitStack() as stack:
         processes = []
         for index, name in enumerate(("sender", "receiver")):
-            process = Process(name, cores[index] if pinned else -1, env, deadline_s)
+            own = env if gpus is None else env | {"CUDA_VISIBLE_DEVICES": gpus[index]}
+            process = Process(name, cores[index] if pinned else -1, own, deadline_s)
             stack.callback(process.end)
             processes.append(process)
         for process in processes:

@@ -33,6 +33,7 @@ _EPILOG = """examples:
   dynamo-lite bench transfer                         shared memory and TCP, 256 MiB, on the CPU
   dynamo-lite bench transfer --path tcp --size 64MiB --json tcp.json
   dynamo-lite bench transfer --device cuda           512 MiB from GPU memory to GPU memory, two processes on one GPU
+  dynamo-lite bench transfer --device cuda --gpus 0,1    the same from one GPU to another
 
 UCX_* variables of your environment win over the settings of a path.
 """
@@ -44,6 +45,7 @@ class Options:
 
     paths: tuple[Transport, ...]
     device: Device
+    gpus: tuple[str, str] | None  # of sender and receiver; None: what both see first
     sizes: Sizes
     rounds: int
     idle_s: float
@@ -59,6 +61,7 @@ def options_of(arguments: Sequence[str]) -> Options:
     add = parser.add_argument
     add("--path", action="append", choices=get_args(Transport), help="repeat for several; default: auto and tcp")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where the KV lies (default: cpu)")
+    add("--gpus", type=_gpus, metavar="SENDER,RECEIVER", help="the GPU of each, as CUDA_VISIBLE_DEVICES calls it")
     add("--size", type=_size, help="bytes of KV (default: 256MiB, on CUDA 512MiB)")
     add("--piece", type=_size, help="bytes of a piece (default: 2MiB, on CUDA 64MiB)")
     add("--window", type=int, default=4, help="pieces in flight (default: 4)")
@@ -72,7 +75,16 @@ def options_of(arguments: Sequence[str]) -> Options:
     piece = given.piece or (64 if cuda else 2) * 2**20  # on CUDA what workers use
     sizes = Sizes(size, piece, max(64 * 2**20, 2 * given.window * piece), given.window)
     paths = tuple(dict.fromkeys(given.path or (("auto",) if cuda else ("auto", "tcp"))))
-    return Options(paths, given.device, sizes, given.rounds, given.idle, given.timeout, given.json)
+    if given.gpus and not cuda:
+        parser.error("--gpus needs --device cuda")
+    return Options(paths, given.device, given.gpus, sizes, given.rounds, given.idle, given.timeout, given.json)
+
+
+def _gpus(text: str) -> tuple[str, str]:
+    match text.split(","):
+        case [str(sender), str(receiver)] if sender and receiver:
+            return sender, receiver
+    raise argparse.ArgumentTypeError(f"'{text}' does not name two GPUs")
 
 
 def _size(text: str) -> int:
@@ -97,7 +109,7 @@ def run(options: Options, console: Console) -> tuple[list[Bar], dict[str, Any]]:
         paths: dict[Transport, PathSamples] = {}
         with console.status("starting the processes"):
             for path in options.paths:
-                pair = stack.enter_context(started(*wires_of(path, options.device), options.timeout_s))
+                pair = stack.enter_context(started(*wires_of(path, options.device), options.timeout_s, options.gpus))
                 paths[path] = of_path(pair, options.sizes)
             limits = raw(next(iter(paths.values())).pair, options.sizes, "tcp" in paths)
         progress = stack.enter_context(Progress(console=console, transient=True))
@@ -161,6 +173,7 @@ def raw_of(
 
     return {
         "device": options.device,
+        "gpus": options.gpus,
         "sizes": asdict(options.sizes),
         "rounds": options.rounds,
         "tiny_writes": TINIES,

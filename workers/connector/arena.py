@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Sequence
 
 import torch
 
 from kvbm.tiers.record import stride_bytes
 from workers.errors import TransferError
-from workers.transfer.pack import Copier, Copy
+from workers.transfer.pack import Copier, Copy, Ids
 from workers.transfer.ready import Ready
+
+_BATCH = {"cpu": 2**20, "cuda": 16 * 2**20}  # bytes of one copy, if a block is not more
 
 
 class Arena:
-    """Copies blocks between this rank's planes and its share of the slots."""
+    """Copies blocks between this rank's planes and its share of the slots, in the order asked for."""
 
     def __init__(self, path: str, rank: int, ranks: int, copier: Copier, device: torch.device) -> None:
-        """Raises TransferError when the memory cannot be reached."""
+        """`copier`: of its own, so that transfers do not wait for these copies.
+
+        Raises TransferError when the memory cannot be reached.
+        """
         try:
             file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
@@ -31,37 +37,49 @@ class Arena:
             self._bytes = torch.frombuffer(mmap.mmap(file, size), dtype=torch.uint8)
         finally:
             os.close(file)
-        self._copier, self._block_bytes = copier, copier.block_bytes
+        self._copier, self.block_bytes = copier, copier.block_bytes
         self._slot_bytes = stride_bytes(copier.block_bytes * ranks)
         self._start = rank * copier.block_bytes
+        self.batch = max(1, _BATCH[device.type] // self.block_bytes)  # blocks that one copy takes at most
         self._scratch: torch.Tensor | None = None
         if device.type == "cuda":
             _pin(self._bytes)
-            self._scratch = torch.empty(copier.block_bytes, dtype=torch.uint8, device=device)
+            self._scratch = torch.empty(self.batch, self.block_bytes, dtype=torch.uint8, device=device)
 
-    def put(self, block_id: int, slot: int, ready: Ready) -> Copy:
-        """Begin to copy a block to its slot, once `ready`."""
+    def index(self, block_ids: Sequence[int]) -> Ids:
+        """Where the blocks are, for `put` and `get` of parts of them."""
+        return self._copier.index(block_ids)
+
+    def put(self, block_ids: Ids, slots: Sequence[int], ready: Ready) -> Copy:
+        """Begin to copy up to `batch` blocks to their slots, once `ready`."""
         if self._scratch is None:
-            return self._copier.gather([block_id], self._share(slot), ready)
-        self._copier.gather([block_id], self._scratch, ready)
-        with self._copier.after():  # the next gather into the scratch comes behind it on the same stream
-            self._share(slot).copy_(self._scratch, non_blocking=True)
-        return self._copier.begun(self._block_bytes)
+            self._copier.gather_each(block_ids, [self._share(slot) for slot in slots], ready)
+        else:  # the next copy's blocks come into the scratch behind this one's, on the same stream
+            self._copier.gather_each(block_ids, self._scratch[: len(slots)], ready)
+            with self._copier.after():
+                for slot, block in zip(slots, self._scratch, strict=False):
+                    self._share(slot).copy_(block, non_blocking=True)
+        return self._copier.begun(len(slots) * self.block_bytes)
 
-    def get(self, slot: int, block_id: int, ready: Ready | None) -> Copy:
-        """Begin to copy a slot to its block, once `ready`."""
+    def get(self, slots: Sequence[int], block_ids: Ids, ready: Ready | None) -> Copy:
+        """Begin to copy up to `batch` slots to their blocks, once `ready`."""
         if self._scratch is None:
-            return self._copier.scatter([block_id], self._share(slot), ready=ready)
-        with self._copier.after(ready):
-            self._scratch.copy_(self._share(slot), non_blocking=True)
-        return self._copier.scatter([block_id], self._scratch)
+            self._copier.scatter_each(block_ids, [self._share(slot) for slot in slots], ready)
+        else:
+            with self._copier.after():
+                for slot, block in zip(slots, self._scratch, strict=False):
+                    block.copy_(self._share(slot), non_blocking=True)
+            self._copier.scatter_each(block_ids, self._scratch[: len(slots)], ready)
+        return self._copier.begun(len(slots) * self.block_bytes)
 
-    @property
-    def block_bytes(self) -> int:
-        return self._block_bytes
+    def close(self) -> None:
+        """Nothing is copied any more."""
+        if self._scratch is not None:
+            torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
 
     def _share(self, slot: int) -> torch.Tensor:
-        return self._bytes.narrow(0, slot * self._slot_bytes + self._start, self._block_bytes)
+        """This rank's bytes of a slot."""
+        return self._bytes.narrow(0, slot * self._slot_bytes + self._start, self.block_bytes)
 
 
 def _pin(memory: torch.Tensor) -> None:

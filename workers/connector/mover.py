@@ -59,6 +59,7 @@ from workers.transfer.ready import Ready, ReadyWatch
 
 _log = logging.getLogger(__name__)
 _POLL_MOVING_S = 0.00002
+_POLL_TIERS_S = 0.0002  # on CUDA, where copies of a tier go on by themselves for longer than that
 _POLL_WAITING_S = 0.001
 _POLL_DEADLINES_S = 0.05  # nothing has to be polled for: whatever happens wakes us
 _MOVING_S = 0.002  # after the last piece, credit or write: more are likely to come
@@ -100,12 +101,15 @@ class Mover:
         self._contacts = Contacts(engine, settings.rank, settings.timeout_s, report)
         self._sender = Sender(engine, self._contacts, outgoing, copier, settings, report)
         self._receiver = Receiver(engine, self._contacts, incoming, copier, settings, report)
+        self._arena: Arena | None = None
         self._offloader: Offloader | None = None
         self._onboarder: Onboarder | None = None
         if settings.arena:
-            arena = Arena(settings.arena, settings.rank, settings.ranks, copier, planes.device)
-            self._offloader = Offloader(arena, settings.rank, report)
-            self._onboarder = Onboarder(arena, settings.rank, settings.timeout_s, report)
+            own = Copier(planes, settings.rank)  # its copies are long, and pushes must not wait behind them
+            own.warm()
+            self._arena = Arena(settings.arena, settings.rank, settings.ranks, own, planes.device)
+            self._offloader = Offloader(self._arena, settings.rank, report)
+            self._onboarder = Onboarder(self._arena, settings.rank, settings.timeout_s, report)
         self.agent = engine.metadata()  # for other workers; here, before the thread owns the engine
         self._notes = msgspec.msgpack.Decoder(Note)
         self._todo: deque[Callable[[], None]] = deque()
@@ -233,12 +237,14 @@ class Mover:
             self._tell_holds(now, late=now - self._told < _HOLDS_S)
         self._sender.fail_all("shutdown")
         self._engine.close()
+        if self._arena is not None:
+            self._arena.close()
 
     def _pause(self) -> float | None:
         quiet_s = time.monotonic() - self._moved
         polled = self._engine.polled
         if self._tiers_moving:
-            return _POLL_MOVING_S
+            return _POLL_TIERS_S if self._device.type == "cuda" else _POLL_MOVING_S
         active = self._sender.active or self._receiver.active or self._contacts.active or self._tiers_active
         if active or (polled and quiet_s < _LINGER_S):
             if not (polled or self._device.type == "cuda"):

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 from workers.connector.arena import Arena
 from workers.connector.protocol import Offloaded, OffloadStep, Report
-from workers.transfer.pack import Copy
+from workers.transfer.pack import Copy, Ids
 from workers.transfer.ready import Ready
 
-_AT_ONCE = 4  # blocks between two looks at everything else
+_UNDER_WAY = 4  # copies: enough that the next one follows at once, few enough that a preemption does not wait long
 
 
 @dataclass(slots=True)
@@ -24,7 +24,13 @@ class _Offload:
 
     step: OffloadStep
     ready: Ready
-    copies: list[Copy] = field(default_factory=list)
+    ids: Ids | None = None  # its blocks, where they are
+    begun: int = 0  # blocks
+    copies: deque[Copy] = field(default_factory=deque)  # that were not yet seen to be done
+
+    @property
+    def over(self) -> bool:
+        return self.begun == len(self.step.slots) and not self.copies
 
 
 class Offloader:
@@ -47,24 +53,32 @@ class Offloader:
         self._end(offload, well=False)
 
     def progress(self) -> bool:
-        """Copy a few blocks; True when anything moved."""
-        moved = False
-        for _ in range(_AT_ONCE):
-            offload = next((one for one in self._offloads if len(one.copies) < len(one.step.slots)), None)
-            if offload is None or not offload.ready.passed:
+        """Copy some blocks; True when anything moved."""
+        moved, under_way = False, 0
+        for offload in self._offloads:
+            while offload.copies and offload.copies[0].done:
+                offload.copies.popleft()
+                moved = True
+            under_way += len(offload.copies)
+        for _ in range(_UNDER_WAY - under_way):
+            waiting = next((one for one in self._offloads if one.begun < len(one.step.slots)), None)
+            if waiting is None or not waiting.ready.passed:
                 break
-            number = len(offload.copies)
-            step = offload.step
-            offload.copies.append(self._arena.put(step.block_ids[number], step.slots[number], offload.ready))
+            self._begin(waiting)
             moved = True
-        while self._offloads and self._over(self._offloads[0]):
+        while self._offloads and self._offloads[0].over:
             self._end(self._offloads.popleft(), well=True)
             moved = True
         return moved
 
-    @staticmethod
-    def _over(offload: _Offload) -> bool:
-        return len(offload.copies) == len(offload.step.slots) and all(copy.done for copy in offload.copies)
+    def _begin(self, offload: _Offload) -> None:
+        """To copy the next of its blocks."""
+        step, first = offload.step, offload.begun
+        if offload.ids is None:
+            offload.ids = self._arena.index(step.block_ids)
+        slots = step.slots[first : first + self._arena.batch]
+        offload.copies.append(self._arena.put(offload.ids[first : first + len(slots)], slots, offload.ready))
+        offload.begun += len(slots)
 
     def preempt(self, engine_id: str, planned: int) -> None:
         """vLLM hands the request's blocks out again: on return none of them is read, nor will be.

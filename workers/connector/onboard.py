@@ -1,24 +1,24 @@
 """The mover's half of onboarding: copies blocks of the host tier into those that vLLM has allocated for them.
 
-The worker process pins the slots and checks their content meanwhile; only what it has found to be right is copied, and
-the rest is handed to vLLM as invalid, which computes it.
+The worker process pins the slots and checks their content meanwhile, some blocks after the other. Only what it has
+found to be right is copied, and the rest is handed to vLLM as invalid, which computes it.
 """
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from workers.connector.arena import Arena
 from workers.connector.protocol import OnboardChecked, Onboarded, OnboardPlan, Report
-from workers.transfer.pack import Copy
+from workers.transfer.pack import Copy, Ids
 
 CANCELLED = "cancelled"
 CORRUPT = "corrupt"
 SILENT = "silent"
-_AT_ONCE = 8  # blocks between two looks at everything else
+_UNDER_WAY = 4  # copies of one request: enough that the next one follows at once
 _KEPT = 4096
 _PATIENCE = 10  # times the transfer's timeout, for the worker process to check what it has pinned
 
@@ -26,8 +26,10 @@ _PATIENCE = 10  # times the transfer's timeout, for the worker process to check 
 @dataclass(slots=True)
 class _Onboarding:
     plan: OnboardPlan
-    until: float  # when it is handed back unless it was checked
-    copies: list[Copy] = field(default_factory=list)
+    until: float  # when it is handed back unless more of it was checked
+    ids: Ids | None = None  # its blocks, where they are
+    begun: int = 0  # blocks
+    copies: deque[Copy] = field(default_factory=deque)  # that were not yet seen to be done
     started_ns: int = 0
 
 
@@ -38,7 +40,7 @@ class Onboarder:
         self._arena, self._rank, self._report = arena, rank, report
         self._patience_s = timeout_s * _PATIENCE
         self._open: dict[str, _Onboarding] = {}  # by request id
-        self._checked: dict[str, OnboardChecked] = {}  # by request id: the last word on what was pinned
+        self._checked: dict[str, OnboardChecked] = {}  # by request id; blocks are counted as they were pinned
         self._over: OrderedDict[str, None] = OrderedDict()  # request ids whose slots must not be read any more
         self.received: list[str] = []  # engine ids, for vLLM; one for each plan
         self.invalid_blocks: set[int] = set()
@@ -50,11 +52,12 @@ class Onboarder:
         else:
             self._open[plan.request_id] = onboarding
 
-    def checked(self, checked: OnboardChecked) -> None:
-        if checked.request_id not in self._over:
-            self._checked[checked.request_id] = checked
-            if checked.request_id in self._open:
-                self._open[checked.request_id].until = time.monotonic() + self._patience_s
+    def checked(self, word: OnboardChecked) -> None:
+        if word.request_id in self._over:
+            return
+        self._checked[word.request_id] = word
+        if word.request_id in self._open:
+            self._open[word.request_id].until = time.monotonic() + self._patience_s
 
     def cancel(self, engine_id: str) -> None:
         """The request was aborted: release its blocks now."""
@@ -78,27 +81,38 @@ class Onboarder:
         return any(moved)
 
     def _advance(self, onboarding: _Onboarding) -> bool:
-        plan = onboarding.plan
-        checked = self._checked.get(plan.request_id)
-        right, begun = self._right(plan), len(onboarding.copies)
-        if (checked is None or (checked.more and begun == right)) and time.monotonic() > onboarding.until:
+        checked, moved = self._checked.get(onboarding.plan.request_id), False
+        if (checked is None or checked.more) and time.monotonic() > onboarding.until:
             self._end(onboarding, SILENT)
-            return False
-        if right and not onboarding.started_ns:
-            onboarding.started_ns = time.time_ns()
-        for number in range(begun, min(right, begun + _AT_ONCE)):
-            onboarding.copies.append(self._arena.get(plan.slots[number], plan.block_ids[number], plan.ready))
-        if checked is None or checked.more:
-            return len(onboarding.copies) > begun
-        if len(onboarding.copies) == right and all(copy.done for copy in onboarding.copies):
-            self._end(onboarding, "" if right == len(plan.slots) else CORRUPT, right)
             return True
-        return len(onboarding.copies) > begun
+        if checked is None:
+            return False
+        right = self._right(onboarding)
+        onboarding.started_ns = onboarding.started_ns or time.time_ns()
+        while onboarding.copies and onboarding.copies[0].done:
+            onboarding.copies.popleft()
+            moved = True
+        while onboarding.begun < right and len(onboarding.copies) < _UNDER_WAY:
+            self._begin(onboarding, right)
+            moved = True
+        if onboarding.begun == right and not (checked.more or onboarding.copies):
+            self._end(onboarding, "" if right == len(onboarding.plan.slots) else CORRUPT, right)
+            return True
+        return moved
 
-    def _right(self, plan: OnboardPlan) -> int:
-        """How many of the plan's blocks may be copied by now."""
-        checked = self._checked.get(plan.request_id)
-        return 0 if checked is None else max(0, min(len(plan.slots), checked.blocks - plan.skipped))
+    def _right(self, onboarding: _Onboarding) -> int:
+        """How many of its blocks are known to be what was stored."""
+        plan, checked = onboarding.plan, self._checked.get(onboarding.plan.request_id)
+        return max(0, min(len(plan.slots), checked.blocks - plan.skipped)) if checked is not None else 0
+
+    def _begin(self, onboarding: _Onboarding, right: int) -> None:
+        """To copy the next of the blocks that are right."""
+        plan, first = onboarding.plan, onboarding.begun
+        if onboarding.ids is None:
+            onboarding.ids = self._arena.index(plan.block_ids)
+        end = min(right, first + self._arena.batch)
+        onboarding.copies.append(self._arena.get(plan.slots[first:end], onboarding.ids[first:end], plan.ready))
+        onboarding.begun = end
 
     def _end(self, onboarding: _Onboarding, cause: str, right: int = 0) -> None:
         """Of its blocks the first `right` are usable."""
@@ -123,13 +137,7 @@ class Onboarder:
     @property
     def moving(self) -> bool:
         """Something is being copied, or could be."""
-        return any(self._moves(onboarding) for onboarding in self._open.values())
-
-    def _moves(self, onboarding: _Onboarding) -> bool:
-        checked = self._checked.get(onboarding.plan.request_id)
-        if checked is None:
-            return False
-        return not checked.more or len(onboarding.copies) < self._right(onboarding.plan)
+        return any(one.copies or one.begun < self._right(one) for one in self._open.values())
 
     @property
     def blocks(self) -> int:

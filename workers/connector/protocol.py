@@ -244,9 +244,9 @@ class TierChanged(msgspec.Struct, frozen=True, tag="tier"):
 
 
 class OnboardChecked(msgspec.Struct, frozen=True, tag="checked"):
-    """The first `blocks` blocks that this request is to onboard are in host memory, and what was stored.
+    """The first `blocks` blocks that this request is to onboard are what was stored.
 
-    `more`: others are looked at still, and another message follows. Otherwise the next one, if any, is not.
+    The next one is not, if there is one, unless `more` are still to be checked: then another word follows.
     """
 
     request_id: str

@@ -24,10 +24,11 @@ def storages_of(
     cost: OnboardCost, changed: Callable[[], None],
 ) -> list[Storage]:  # fmt: skip
     """Nearest first. Nothing is opened or contacted. Raises TierRefused."""
-    return [
-        Storage(tier, _policy(chosen, manager.slots), manager, records, cost, changed, partial(metrics.observe, tier.tier))
-        for chosen, tier in _tiers(settings, place, memory, records)
-    ]
+    found = []
+    for chosen, tier in _tiers(settings, place, memory, records):
+        policy, observe = _policy(chosen, manager.slots), partial(metrics.observe, tier.tier)
+        found.append(Storage(tier, policy, manager, records, cost, changed, observe))
+    return found
 
 
 def _tiers(

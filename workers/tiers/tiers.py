@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import NoReturn
@@ -44,6 +45,8 @@ from workers.tiers.place import Place
 from workers.tiers.storages import storages_of
 
 _log = logging.getLogger(__name__)
+_READERS = 4  # threads that take checksums, at most on half of the cores
+_CHECKED = 32 * 2**20  # bytes in host memory that are checked at once; the engine is told of them together
 _GRANTED = 1024  # slots kept ready for the engine, at most an eighth of all: a long prompt completes many at once
 _OPEN_S = 10.0  # for a tier to find what is there from before
 _FLUSH_S = 5.0  # at the end, for what has not been written yet
@@ -62,7 +65,8 @@ class Tiers:
         self.storages: list[Storage] = []
         self._onboardings: dict[str, Onboarding] = {}  # by request id
         self._events: asyncio.Queue[tuple[KvEvent, ...]] = asyncio.Queue()
-        self._threads = ThreadPoolExecutor(1, "tier-checksums")
+        self._readers = max(1, min(_READERS, len(os.sched_getaffinity(0)) // 2))
+        self._threads = ThreadPoolExecutor(self._readers, "tier-checksums")
         self._hits = self._misses = 0  # of the host tier
 
     async def start(
@@ -75,7 +79,7 @@ class Tiers:
         layout = fingerprint.layout
         self._block_size, self._ranks = layout.block_size, layout.tensor_parallel
         records = Records(layout.block_bytes * self._ranks, place.short)
-        self.records = HostRecords(self.memory, records, self._threads)
+        self.records = HostRecords(self.memory, records, self._threads, self._readers)
         if self.records.slots < 2:
             raise ValueError(f"kv_tiers.host.size: {self.memory.size} bytes do not hold two blocks of this model")
         self.manager = BlockManager(self.records.slots, self._ranks)
@@ -235,21 +239,30 @@ class Tiers:
         return blocks
 
     async def _check(self, onboarding: Onboarding) -> None:
-        """Tell the engine, bit by bit, how many of the blocks are what was stored; forget the first that is not."""
-        begun = time.monotonic()
+        """Tell the engine how many of the blocks are in host memory and right; forget the first that is not.
+
+        It is told after some blocks each, and copies them while the rest is checked, or still on its way.
+        """
+        begun, right = time.monotonic(), 0
         until = begun + max((storage.policy.timeout_s for storage in self.storages), default=0.0)
-        right = 0
-        for load, run in groupby(onboarding.blocks, self._loads.load_of):
-            blocks = list(run)
-            if right:
-                self._command(OnboardChecked(onboarding.request_id, right, more=True))
+        for load, blocks in self._portions(onboarding.blocks):
             onboarding.waited |= load is not None
             good = await self._here(load, blocks, until)
             right += good
-            if good < len(blocks):
-                break
-        onboarding.check_s = time.monotonic() - begun
-        self._command(OnboardChecked(onboarding.request_id, right))
+            if right == good:
+                onboarding.check_s = time.monotonic() - begun
+            more = good == len(blocks) and right < len(onboarding.blocks)
+            self._command(OnboardChecked(onboarding.request_id, right, more))
+            if not more:
+                return
+
+    def _portions(self, blocks: Sequence[Stored]) -> Iterator[tuple[Load | None, list[Stored]]]:
+        """What is looked at together: blocks that come together, or some of those that are here."""
+        most = max(1, _CHECKED // self.records.layout.stride)
+        for load, run in groupby(blocks, self._loads.load_of):
+            mine = list(run)
+            for first in range(0, len(mine), most if load is None else len(mine)):
+                yield load, mine[first : first + most] if load is None else mine
 
     async def _here(self, load: Load | None, blocks: Sequence[Stored], until: float) -> int:
         """How many of these, from the first on, are in host memory and right."""
@@ -262,6 +275,8 @@ class Tiers:
             return next((number for number, block in enumerate(blocks) if not block.here), len(blocks))
         checksums = await self.records.checksums([block.slot for block in blocks])
         for number, (block, checksum) in enumerate(zip(blocks, checksums, strict=True)):
+            if not block.here:  # it did not come
+                return number
             if checksum != block.checksum:
                 _log.error("a block of the host tier is not what was stored: dropped, and computed again")
                 self.manager.corrupt(block)

@@ -7,7 +7,7 @@ of its blocks. Where the two layouts agree that is a copy of rows; where they do
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TypeAlias
@@ -115,6 +115,20 @@ class Copier:
         with self.after(ready):
             rows.scatter(self.index(block_ids), piece)
         return self.begun(rows.block_bytes * len(block_ids))
+
+    def gather_each(self, block_ids: Ids, pieces: Iterable[torch.Tensor], ready: Ready) -> None:
+        """Copy each block's rows into a piece of its own, once `ready`; `begun` says when that is done."""
+        with self.after(ready):
+            ids, rows = self.index(block_ids), self._part(self.heads)
+            for number, piece in zip(range(len(ids)), pieces, strict=True):
+                rows.gather(ids[number : number + 1], piece)
+
+    def scatter_each(self, block_ids: Ids, pieces: Iterable[torch.Tensor], ready: Ready | None = None) -> None:
+        """The reverse."""
+        with self.after(ready):
+            ids, rows = self.index(block_ids), self._part(self.heads)
+            for number, piece in zip(range(len(ids)), pieces, strict=True):
+                rows.scatter(ids[number : number + 1], piece)
 
     def checksum(self, piece: torch.Tensor) -> int:
         """See `workers.transfer.checksum`; not held up by what the model computes. Blocks until it is known."""

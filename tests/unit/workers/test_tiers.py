@@ -12,6 +12,7 @@ import pytest
 from dynamo_lite.config import HostTier
 from kvbm.events import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent, Tier
 from kvbm.hashing import full_block_hashes, low64
+from workers import tiers as module
 from workers.connector.protocol import (
     Command,
     GrantSlots,
@@ -117,6 +118,21 @@ async def test_a_changed_byte_is_found_and_its_block_forgotten_by_all() -> None:
         assert (await engine.take(TierChanged)).removed == (HASHES[2],)
         assert await taken(tiers) == (BlocksRemoved((low64(HASHES[2]),), Tier.HOST),)
         assert tiers.load()[0].corrupt == 1
+
+
+async def test_the_engine_is_told_of_blocks_that_are_right_before_all_are_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_CHECKED", 2 * SLOT)
+    async with tiers_of(64) as (tiers, engine):
+        slots = await engine.offload(range(6))
+        assert tiers.onboard("r", PROMPT, None, 0) is not None
+        told = [await engine.take(OnboardChecked) for _ in range(3)]
+        assert [(one.blocks, one.more) for one in told] == [(2, True), (4, True), (6, False)]
+        tiers.memory.view(slots[2] * SLOT, 1)[0] ^= 1
+        assert tiers.onboard("s", PROMPT, None, 0) is not None
+        told = [await engine.take(OnboardChecked) for _ in range(2)]
+        assert [(one.blocks, one.more) for one in told] == [(2, True), (2, False)]
 
 
 async def test_slots_are_pinned_until_every_rank_has_let_go() -> None:

@@ -46,14 +46,19 @@ def expected(prompt: torch.Tensor, tokens: int, first: int, prefill: KvLayout, d
     return padded.unflatten(2, (blocks, size))[:, :, first:]
 
 
-def compare(prefill: KvLayout, decode: KvLayout, case: Case, device: torch.device) -> None:
-    """Asserts that the blocks placed are the prompt's, in the receiver's form, and that no other block has changed."""
+def compare(
+    prefill: KvLayout, decode: KvLayout, case: Case, device: torch.device, other: torch.device | None = None
+) -> None:
+    """Asserts that the blocks placed are the prompt's, in the receiver's form, and that no other block has changed.
+
+    The receiver is on the `other` device, if there is one.
+    """
     generator = torch.Generator().manual_seed(case.tokens)
     shape = (prefill.layers, 2, len(case.taken) * prefill.block_size, prefill.kv_heads, prefill.key_size)
     prompt = torch.randint(0, 200, shape, generator=generator).float()
     with (
         worker(prefill, BLOCKS, 1, slots=16, device=device) as senders,
-        worker(decode, BLOCKS, 50, device=device) as receivers,
+        worker(decode, BLOCKS, 50, device=other or device) as receivers,
     ):
         for rank in senders.ranks:
             rank.write(case.taken, prompt)
