@@ -10,6 +10,7 @@ TransferError
 ├── NoSpace           the volume has no room for it
 ├── Denied            the volume or the store does not let us
 ├── NotFound          no such file, object or bucket
+│   └── NoBucket      the store says that it is the bucket
 ├── Unreachable       the store does not answer
 └── Mismatch          the two sides cannot exchange KV
 """
@@ -81,6 +82,10 @@ class NotFound(TransferError):
     """There is no such file, object or bucket."""
 
     cause = "not_found"
+
+
+class NoBucket(NotFound):
+    """There is no such bucket."""
 
 
 class Unreachable(TransferError):

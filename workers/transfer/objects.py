@@ -10,6 +10,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +21,13 @@ import obstore
 from numpy.typing import NDArray
 from obstore.exceptions import BaseError
 
-from workers.errors import Mismatch, NotFound, TransferError, TransferTimeout
+from workers.errors import Corrupt, Mismatch, NotFound, TransferError, TransferTimeout
 from workers.transfer.background import CLOSE_S, BackgroundTransfer, bytes_of, check_spans, host_region
 from workers.transfer.engine import Memory, Region, Spans, Target
 from workers.transfer.stores import failure
 
 if TYPE_CHECKING:
+    from obstore import ObjectMeta
     from obstore.store import ObjectStore
 
 T = TypeVar("T")
@@ -94,7 +96,7 @@ class ObjectTransfer(BackgroundTransfer):
         self.key = key
         self._loop = loop
         self._task: asyncio.Task[None] | None = None
-        self._ended = False
+        self._ended: Future[None] = Future()
 
     @property
     def settled(self) -> bool:
@@ -125,23 +127,51 @@ class ObjectTransfer(BackgroundTransfer):
         """Nothing of it goes on any more."""
         self._settle(TransferError(f"{self.key}: the engine ended"))
         with self._changed:
-            self._ended = True
+            if not self._ended.done():
+                self._ended.set_result(None)
             self._changed.notify_all()
 
     def stop(self) -> None:
         with self._changed:
             self._settle(TransferError(f"{self.key}: cancelled"))
-            if self._task is not None and not self._ended:
+            if self._task is not None and not self._ended.done():
                 self._loop.call_soon_threadsafe(self._task.cancel)
 
+    async def stopped(self) -> None:
+        """Cancel what is under way, and return once its memory may be reused: `close`, for a loop, and however long it
+        takes. A task that is cancelled meanwhile waits all the same."""
+        self.stop()
+        cancelled = None
+        while not self._ended.done():
+            try:
+                await asyncio.shield(asyncio.wrap_future(self._ended))
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
+
     def _quiet(self) -> bool:
-        return self._ended
+        return self._ended.done()
 
 
 class Lookup(ObjectTransfer):
     """Asks for an object's size."""
 
     size: int | None = None  # bytes, once done; None: there is no such object
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """An object in a listing."""
+
+    key: str
+    size: int  # bytes
+
+
+class Page(ObjectTransfer):
+    """Asks for the next objects of a listing."""
+
+    objects: Sequence[Listed] = ()  # once done, by key; empty: there are no more
 
 
 class ObjectEngine:
@@ -210,6 +240,16 @@ class ObjectEngine:
         lookup = Lookup(key, self._loop, deadline)
         self._post(lookup, partial(self._look, lookup))
         return lookup
+
+    def page(self, prefix: str, after: str, count: int, deadline: float) -> Page:
+        """Ask for up to `count` objects under the folder `prefix` whose keys come after `after`: `Page.objects`.
+
+        A listing is read page after page, each from the last key of the one before; it holds only one in memory. One
+        request each, for a `count` of at most 1,000. Not for stores that list in no order (S3 directory buckets).
+        """
+        page = Page(prefix, self._loop, deadline)
+        self._post(page, partial(self._list, page, after, count))
+        return page
 
     def close(self) -> None:
         """Cancel what is under way and end the thread. Raises TransferError when it does not end within 1 s."""
@@ -294,7 +334,7 @@ class ObjectEngine:
             get = partial(obstore.get_range_async, self._store, key, start=part.start, length=part.bytes)
             content = np.frombuffer(memoryview(await self._request(key, get)), dtype=np.uint8)
             if len(content) != part.bytes:
-                raise TransferError(f"{key} ends at byte {part.start + len(content)}")
+                raise Corrupt(f"{key} ends at byte {part.start + len(content)}")
             part.scatter(content, memory)
 
     async def _delete(self, key: str) -> None:
@@ -306,6 +346,17 @@ class ObjectEngine:
             lookup.size = (await self._request(lookup.key, partial(obstore.head_async, self._store, lookup.key)))[
                 "size"
             ]
+
+    async def _list(self, page: Page, after: str, count: int) -> None:
+        async def first() -> Sequence[ObjectMeta]:
+            found = obstore.list(self._store, page.key, offset=after or None, chunk_size=count)
+            try:
+                return await anext(found)
+            except StopAsyncIteration:
+                return ()
+
+        found = await self._request(page.key, first)
+        page.objects = [Listed(each["path"], each["size"]) for each in found]
 
     # ---- posting ----
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import S3Store, from_url
 
-from workers.errors import Denied, Mismatch, NotFound, TransferError, Unreachable
+from workers.errors import Corrupt, Denied, Mismatch, NoBucket, NotFound, TransferError, Unreachable
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig, S3Config
@@ -80,6 +80,10 @@ def failure(error: Exception, key: str) -> TransferError:
     text = str(error)
     code, status = _CODE.search(text), _STATUS.search(text)
     why = f" ({code[1]})" if code else ""
+    if code and code[1] == "NoSuchBucket":
+        return NoBucket(f"{key}: no such bucket{why}")
+    if code and code[1] == "InvalidRange":
+        return Corrupt(f"{key} ends before the bytes that are wanted{why}")
     if isinstance(error, FileNotFoundError):
         return NotFound(f"{key}: no such object or bucket{why}")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError):

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from obstore.exceptions import GenericError, PermissionDeniedError
 
-from workers.errors import Denied, Mismatch, NotFound, TransferError, TransferTimeout, Unreachable
+from workers.errors import Corrupt, Denied, Mismatch, NoBucket, NotFound, TransferError, TransferTimeout, Unreachable
 from workers.transfer.engine import Region, Spans, Target
-from workers.transfer.objects import ObjectEngine, parts_of
+from workers.transfer.objects import Listed, ObjectEngine, parts_of
 from workers.transfer.stores import StoreOptions, failure, open_store
 
 SIZE = 2**12
@@ -121,6 +121,37 @@ def test_head_and_delete_know_whether_an_object_is_there(engine: ObjectEngine) -
     assert sizes == [7, None]
 
 
+def keys(engine: ObjectEngine, prefix: str, count: int) -> list[list[str]]:
+    """Page after page, the last of which is empty."""
+    pages: list[list[str]] = []
+    while not pages or pages[-1]:
+        (page := engine.page(prefix, pages[-1][-1] if pages else "", count, soon())).wait()
+        pages.append([each.key for each in page.objects])
+    return pages
+
+
+def test_a_folder_is_listed_page_after_page_in_order(engine: ObjectEngine) -> None:
+    for key in ("kv/b/2", "kv/a/1", "kv/b/1", "kv/c", "kv/a/3", "kvx/1", "other"):
+        stored(engine, key, b"content")
+    assert keys(engine, "kv", 2) == [["kv/a/1", "kv/a/3"], ["kv/b/1", "kv/b/2"], ["kv/c"], []]
+    assert keys(engine, "kv/b", 5) == [["kv/b/1", "kv/b/2"], []]
+    assert keys(engine, "nothing", 5) == [[]]
+    (page := engine.page("kv", "kv/b/2", 5, soon())).wait()
+    assert page.objects == [Listed("kv/c", 7)]
+
+
+async def test_a_transfer_that_is_stopped_is_over_at_once(engine: ObjectEngine) -> None:
+    memory, back, whole = random_bytes(), np.zeros(SIZE, dtype=np.uint8), Spans.one(0, SIZE)
+    target = engine.object("key", SIZE)
+    await (written := engine.write(region_of(engine, memory), whole, target, whole, soon()))
+    await written.stopped()
+    read = engine.read(region_of(engine, back), whole, target, whole, soon())
+    await read.stopped()
+    had = back.copy()
+    await engine.head("key", soon())  # a late part would have come by now
+    assert np.array_equal(back, had)
+
+
 def test_an_object_that_is_gone_or_shorter_than_said_fails_the_read(engine: ObjectEngine) -> None:
     memory = np.zeros(SIZE, dtype=np.uint8)
     region, whole = region_of(engine, memory), Spans.one(0, SIZE)
@@ -181,7 +212,8 @@ def test_credentials_are_not_shown() -> None:
 @pytest.mark.parametrize(
     ("error", "kind", "text"),
     [
-        (FileNotFoundError("… <Code>NoSuchBucket</Code>"), NotFound, "k: no such object or bucket (NoSuchBucket)"),
+        (FileNotFoundError("… <Code>NoSuchBucket</Code>"), NoBucket, "k: no such bucket (NoSuchBucket)"),
+        (FileNotFoundError("…"), NotFound, "k: no such object or bucket"),
         (
             PermissionDeniedError("… 403 Forbidden: <?xml…<Code>InvalidAccessKeyId</Code><AWSAccessKeyId>AKIA"),
             Denied,
@@ -196,6 +228,11 @@ def test_credentials_are_not_shown() -> None:
             GenericError("PUT: Server returned error response, status code: 503 Slow: <?xml…<Code>SlowDown</Code>"),
             Unreachable,
             "k: PUT: Server returned error response, status code: 503 Slow (SlowDown)",
+        ),
+        (
+            GenericError("GET: status code: 416 Range: <?xml…<Code>InvalidRange</Code>"),
+            Corrupt,
+            "k ends before the bytes that are wanted (InvalidRange)",
         ),
         (GenericError("GET: status code: 416 Range: <?xml…"), TransferError, "k: GET: status code: 416 Range"),
     ],
