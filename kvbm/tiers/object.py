@@ -71,7 +71,7 @@ class Blobs(Protocol):
 
 
 class ObjectTier:
-    """See `kvbm.tiers.base.StorageTier`. Its user runs `run()` in a task group, from after `open` until `close`.
+    """See `kvbm.tiers.base.StorageTier`.
 
     Nothing is evicted: how long blocks stay is up to the bucket's lifecycle rules, which go by when they were written.
     """
@@ -116,6 +116,9 @@ class ObjectTier:
             raise TierFailed(self.tier, "corrupt", "the store does not give back what was written to it")
         await self._describe()
         self._woken.set()
+
+    def loops(self) -> list[Coroutine[object, object, NoReturn]]:
+        return [self.run()]
 
     async def run(self) -> NoReturn:
         """List what others have stored and deleted: now, `refresh_s` after each listing's end, and after a probe."""

@@ -19,7 +19,7 @@ from kvbm.tiers.base import Changes, HostRecord
 from kvbm.tiers.host import HostMemory
 from kvbm.tiers.object import ObjectTier
 from kvbm.tiers.record import Records
-from workers.tier_objects import StoreBlobs, object_blobs
+from workers.tiers.objects import StoreBlobs, object_blobs
 from workers.transfer.objects import ObjectEngine
 from workers.transfer.stores import open_store
 
