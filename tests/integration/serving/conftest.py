@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +51,25 @@ def tiered_apart(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
     small = GROUP | {"kv_cache": "18MiB"}
     tiers = {"workers": {"prefill": small, "decode": small}, "kv_tiers": {"host": {"size": "64MiB"}}}
     with serve(tmp_path_factory.mktemp("tiered_apart"), base | tiers) as deployment:
+        yield deployment
+
+
+def behind_host(folder: Path) -> dict[str, Any]:
+    """One worker with little room on its device, less in host memory, and a disk tier that is written to at once."""
+    return {
+        "workers": {"both": GROUP | {"kv_cache": "18MiB"}},
+        "kv_tiers": {
+            "host": {"size": "16MiB"},
+            "disk": {"path": str(folder), "size": "256MiB", "flush_interval_ms": 0},
+        },
+    }
+
+
+@pytest.fixture(scope="session")
+def on_disk(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """See `behind_host`."""
+    folder = tmp_path_factory.mktemp("on_disk")
+    with serve(folder, base | behind_host(folder / "kv")) as deployment:
         yield deployment
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 import pytest
 
-from dynamo_lite.config import HostTier
+from dynamo_lite.config import DiskTier, HostTier, KvTiers
+from dynamo_lite.plane.layout import KvLayout
+from dynamo_lite.tasks import background, scope
+from kvbm.errors import TierRefused
 from kvbm.events import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent, Tier
 from kvbm.hashing import full_block_hashes, low64
-from workers import tiers as module
+from tests.instances import FINGERPRINT
 from workers.connector.protocol import (
     Command,
     GrantSlots,
@@ -22,9 +27,12 @@ from workers.connector.protocol import (
     OnboardOver,
     TierChanged,
 )
-from workers.tiers import Tiers
+from workers.engine import TierLoad
+from workers.tiers import tiers as module
+from workers.tiers.place import Place
+from workers.tiers.tiers import Tiers
 
-BLOCK, SLOT = 16, 4096  # tokens; bytes
+BLOCK, BYTES, SLOT = 16, 1024, 4096  # tokens; bytes of a block, and of the slot for its record
 PROMPT = list(range(100))  # six whole blocks
 HASHES = full_block_hashes(PROMPT, BLOCK)
 C = TypeVar("C", bound=Command)
@@ -58,7 +66,7 @@ class Engine:
         slots = list(grant.slots[: len(numbers)])
         self.commands.remove(grant)
         for number, slot in zip(numbers, slots, strict=True):
-            self.tiers.memory.view(slot * SLOT, SLOT)[:] = bytes([number + 1]) * SLOT
+            self.tiers.memory.view(slot * SLOT, BYTES)[:] = bytes([number + 1]) * BYTES
         blocks = tuple((slot, HASHES[number], True) for number, slot in zip(numbers, slots, strict=True))
         for rank in range(ranks):
             self.tiers.handle(Offloaded(rank, blocks))
@@ -66,14 +74,23 @@ class Engine:
         return slots
 
 
+PLACE = Place("both-0", b"n" * 32, b"{}")
+
+
 @asynccontextmanager
-async def tiers_of(slots: int, ranks: int = 1) -> AsyncIterator[tuple[Tiers, Engine]]:
-    tiers = Tiers(HostTier(size=slots * SLOT))
+async def tiers_of(slots: int, ranks: int = 1, **beneath: DiskTier) -> AsyncIterator[tuple[Tiers, Engine]]:
+    tiers = Tiers(KvTiers(host=HostTier(size=slots * SLOT), **beneath))
     engine = Engine(tiers)
-    async with asyncio.TaskGroup() as group:
-        tiers.start(SLOT // ranks, ranks, BLOCK, engine, group)
-        yield tiers, engine
-    tiers.close()
+    layout = KvLayout(1, BLOCK, 2, ranks, 4, 4, "float32", "NHKD", "NHKD")
+    try:
+        async with scope() as group:
+            await tiers.start(msgspec.structs.replace(FINGERPRINT, layout=layout), PLACE, engine, group)
+            async with background(*tiers.loops()):
+                yield tiers, engine
+                await tiers.flush()
+            tiers.manager.check()
+    finally:
+        await tiers.close()
 
 
 async def taken(tiers: Tiers) -> tuple[KvEvent, ...]:
@@ -187,8 +204,159 @@ async def test_the_device_being_cleared_leaves_the_tier_known() -> None:
 
 
 async def test_a_tier_that_holds_no_two_blocks_is_refused_with_its_key() -> None:
-    tiers = Tiers(HostTier(size=SLOT))
-    async with asyncio.TaskGroup() as group:
-        with pytest.raises(ValueError, match=r"kv_tiers\.host\.size"):
-            tiers.start(SLOT, 1, BLOCK, lambda _: None, group)
-    tiers.close()
+    with pytest.raises(ValueError, match=r"kv_tiers\.host\.size"):
+        async with tiers_of(1):
+            pass
+
+
+# ---- with a disk beneath ----
+
+
+def disk(folder: Path, slots: int = 64, **more: object) -> DiskTier:
+    return DiskTier.model_validate({"path": folder, "size": slots * SLOT, "flush_interval_ms": 0, **more})
+
+
+def load_of(tiers: Tiers, tier: Tier) -> TierLoad:
+    return next(load for load in tiers.load() if load.tier is tier)
+
+
+async def until(tiers: Tiers, holds: Callable[[], bool]) -> list[KvEvent]:
+    """Take events until it does; returns them."""
+    found: list[KvEvent] = []
+    async with asyncio.timeout(10):
+        while not holds():
+            found += await taken(tiers)
+    return found
+
+
+async def emptied(tiers: Tiers, engine: Engine) -> None:
+    """Nothing is left in host memory."""
+    for slot in tiers.manager.grant(tiers.manager.slots):
+        tiers.manager.abandon(slot)
+    assert tiers.manager.stored == 0
+    tiers.tell()
+
+
+async def on_disk(tiers: Tiers, engine: Engine, blocks: int = 6) -> None:
+    await engine.offload(range(blocks))
+    await until(tiers, lambda: load_of(tiers, Tier.DISK).offloaded == blocks)
+    await emptied(tiers, engine)
+
+
+async def test_blocks_come_back_from_disk_through_host_memory(tmp_path: Path) -> None:
+    async with tiers_of(64, disk=disk(tmp_path)) as (tiers, engine):
+        await on_disk(tiers, engine)
+        onboarding = tiers.onboard("r", PROMPT, None, 0)
+        assert onboarding is not None
+        assert onboarding.tiers == {Tier.DISK: 6}
+        checked = await engine.take(OnboardChecked, lambda one: not one.more)
+        assert checked.blocks == 6
+        for number, slot in enumerate(onboarding.slots):
+            assert bytes(tiers.memory.view(slot * SLOT, BYTES)) == bytes([number + 1]) * BYTES
+        gained = await engine.take(TierChanged, lambda one: bool(one.stored))
+        assert set(gained.stored) <= set(HASHES)
+        tiers.handle(Onboarded("r", 0, "", 6, 6 * BYTES, 1_000_000, 2_000_000))
+        assert tiers.manager.pinned == {}
+        assert load_of(tiers, Tier.DISK).onboarded == 6
+        assert load_of(tiers, Tier.DISK).hits == 6
+        assert tiers.snapshot() == {tier: tuple(map(low64, HASHES)) for tier in (Tier.HOST, Tier.DISK)}
+
+
+async def test_routers_hear_of_both_tiers(tmp_path: Path) -> None:
+    async with tiers_of(64, disk=disk(tmp_path)) as (tiers, engine):
+        await engine.offload(range(2))
+        events = await until(tiers, lambda: load_of(tiers, Tier.DISK).offloaded == 2)
+        events += await taken(tiers) if not any(event.tier is Tier.DISK for event in events) else ()  # type: ignore[union-attr]
+        told = {(event.tier, one) for event in events if isinstance(event, BlocksStored) for one in event.hashes}
+        assert told == {(tier, low64(HASHES[number])) for tier in (Tier.HOST, Tier.DISK) for number in (0, 1)}
+
+
+async def test_a_prefix_may_lie_in_host_memory_and_on_disk(tmp_path: Path) -> None:
+    async with tiers_of(64, disk=disk(tmp_path)) as (tiers, engine):
+        await on_disk(tiers, engine, 6)
+        first = tiers.onboard("first", PROMPT[: 2 * BLOCK + 1], None, 0)
+        assert first is not None
+        await engine.take(OnboardChecked, lambda one: not one.more)
+        onboarding = tiers.onboard("r", PROMPT, None, 0)
+        assert onboarding is not None
+        assert onboarding.tiers == {Tier.HOST: 2, Tier.DISK: 4}
+        assert (await engine.take(OnboardChecked, lambda one: not one.more)).blocks == 6
+
+
+async def test_two_requests_at_once_wait_for_one_copy_of_a_block(tmp_path: Path) -> None:
+    async with tiers_of(64, disk=disk(tmp_path)) as (tiers, engine):
+        await on_disk(tiers, engine)
+        one, two = tiers.onboard("one", PROMPT, None, 0), tiers.onboard("two", PROMPT, None, 0)
+        assert one is not None
+        assert two is not None
+        assert one.slots == two.slots
+        for name in ("one", "two"):
+            last = await engine.take(OnboardChecked, lambda told, name=name: told.request_id == name and not told.more)  # type: ignore[misc]
+            assert last.blocks == 6
+        assert load_of(tiers, Tier.DISK).onboarded == 6
+
+
+async def test_as_many_blocks_come_as_host_memory_has_room_for(tmp_path: Path) -> None:
+    async with tiers_of(8, disk=disk(tmp_path)) as (tiers, engine):
+        for first in range(6):
+            await engine.offload(range(first, first + 1))
+        await until(tiers, lambda: load_of(tiers, Tier.DISK).offloaded == 6)
+        await emptied(tiers, engine)
+        tiers.manager.grant(4)  # 5 of 8 are the engine's
+        onboarding = tiers.onboard("r", PROMPT, None, 0)
+        assert onboarding is not None
+        assert len(onboarding.blocks) == tiers.manager.slots - tiers.manager.granted
+        assert (await engine.take(OnboardChecked, lambda one: not one.more)).blocks == len(onboarding.blocks)
+
+
+async def test_a_byte_that_changed_on_disk_is_found_and_the_rest_of_the_prefix_computed(tmp_path: Path) -> None:
+    async with tiers_of(64, disk=disk(tmp_path)) as (tiers, engine):
+        await on_disk(tiers, engine)
+        (data,) = tmp_path.rglob("blocks")
+        content = data.read_bytes()
+        place = content.index(bytes([3]) * BYTES)
+        with data.open("r+b") as file:
+            file.seek(place + 5)
+            file.write(b"x")
+        assert tiers.onboard("r", PROMPT, None, 0) is not None
+        assert (await engine.take(OnboardChecked, lambda one: not one.more)).blocks == 2
+        assert load_of(tiers, Tier.DISK).corrupt == 1
+        assert low64(HASHES[2]) not in tiers.snapshot()[Tier.DISK]
+
+
+async def test_what_is_on_disk_is_there_after_a_restart(tmp_path: Path) -> None:
+    async with tiers_of(64, disk=disk(tmp_path)) as (tiers, engine):
+        await engine.offload(range(6))
+    async with tiers_of(64, disk=disk(tmp_path)) as (tiers, engine):
+        assert tiers.snapshot()[Tier.DISK]
+        assert {one for event in await taken(tiers) for one in getattr(event, "hashes", ())} == set(map(low64, HASHES))
+        assert tiers.onboard("r", PROMPT, None, 0) is not None
+        assert (await engine.take(OnboardChecked, lambda one: not one.more)).blocks == 6
+
+
+async def test_two_workers_of_one_name_cannot_share_a_folder(tmp_path: Path) -> None:
+    async with tiers_of(64, disk=disk(tmp_path)):
+        with pytest.raises(TierRefused, match=str(tmp_path)):
+            async with tiers_of(64, disk=disk(tmp_path)):
+                pass
+
+
+async def test_a_prefix_that_was_pinned_for_a_request_that_left_is_let_go(tmp_path: Path) -> None:
+    async with tiers_of(64, disk=disk(tmp_path)) as (tiers, engine):
+        await on_disk(tiers, engine)
+        assert tiers.onboard("r", PROMPT, None, 0) is not None
+        tiers.release("r")
+        await engine.take(OnboardOver)
+        tiers.handle(Onboarded("r", 0, "cancelled"))
+        await engine.take(OnboardChecked, lambda one: not one.more)
+        assert tiers.manager.pinned == {}
+
+
+async def test_a_disk_that_takes_longer_than_computing_is_not_read(tmp_path: Path) -> None:
+    async with tiers_of(64, disk=disk(tmp_path)) as (tiers, engine):
+        await on_disk(tiers, engine)
+        tiers.cost.onboarded(BYTES, 0.001)
+        tiers.cost.read(Tier.DISK, BYTES, 10.0)
+        tiers.cost.computed(1000, 0.1)
+        assert tiers.onboard("r", PROMPT, None, 0) is None
+        assert tiers.manager.pinned == {}
