@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from kvbm.events import BlocksRemoved, BlocksStored, KvEvent, Tier
 from kvbm.hashing import FullHash, low64
-from kvbm.tiers.slots import SlotTable, Stored
+from kvbm.tiers.slots import Eviction, SlotTable, Stored
 
 
 @dataclass(slots=True)
@@ -37,9 +37,9 @@ class _Filling:
 class BlockManager:
     """Not thread-safe; nothing here waits."""
 
-    def __init__(self, slots: int, ranks: int) -> None:
+    def __init__(self, slots: int, ranks: int, eviction: Eviction = "lru") -> None:
         """`slots` of the host tier, each with a share for every one of `ranks`."""
-        self._host = SlotTable(slots)
+        self._host = SlotTable(slots, eviction)
         self._ranks = ranks
         self._filling: dict[int, _Filling] = {}  # by slot
         self._pins: dict[str, list[Stored]] = {}  # by owner

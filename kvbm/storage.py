@@ -110,6 +110,7 @@ class Storage:
         """Write what waits; what is not written by then is left out."""
         try:
             async with asyncio.timeout(timeout_s):
+                await self._write()  # also waits for what is being written already
                 while self.on and self._waiting:
                     await self._write()
         except TimeoutError:

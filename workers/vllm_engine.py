@@ -161,7 +161,7 @@ class VllmEngine:
     async def _start_tiers(self, tiers: Tiers, fingerprint: Fingerprint, feed: KvFeed) -> None:
         group = await self._stack.enter_async_context(scope())  # reads of a dead volume are left behind at the end
         try:
-            place = place_of(self._spec.name, fingerprint, self._spec.model_path)
+            place = place_of(self._spec.config.namespace, self._spec.name, fingerprint, self._spec.model_path)
             await tiers.start(fingerprint, place, self._channel.command, group)
         except (ValueError, OSError, TierRefused) as error:
             raise StartError(self._spec.name, str(error)) from error

@@ -3,7 +3,7 @@
 Two phases: a place becomes visible only by `store` or `arrive`, once its content is there and its checksum known. Who
 grants a place does not know what will be in it; one that expects a block has its name already, so that everybody who
 wants it waits for the same copy. The least recently used block that nobody has pinned is evicted first, of one prefix
-the tail before the head.
+the tail before the head; or (`fifo`) the one that was stored first, however often it was used.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from kvbm.hashing import FullHash
+
+Eviction = Literal["lru", "fifo"]
 
 
 @dataclass(slots=True)
@@ -28,13 +31,16 @@ class Stored:
 
 
 class SlotTable:
-    """Slots 0 … count-1 of one tier. Not thread-safe; nothing here waits, and every operation is O(1) a block."""
+    """Slots 0 … count-1 of one tier. Not thread-safe; nothing here waits, and every operation is O(1) a block.
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    With `fifo`, finding what to evict also steps over the pinned blocks that are older.
+    """
+
+    def __init__(self, count: int, eviction: Eviction = "lru") -> None:
+        self.count, self._eviction = count, eviction
         self._free = list(range(count - 1, -1, -1))
         self._granted: set[int] = set()
-        self._stored: dict[FullHash, Stored] = {}
+        self._stored: OrderedDict[FullHash, Stored] = OrderedDict()  # the oldest first
         self._idle: OrderedDict[FullHash, None] = OrderedDict()  # stored and unpinned, least recently used first
         self._expected: dict[FullHash, Stored] = {}
         self._dropped: dict[int, Stored] = {}  # by slot, still pinned
@@ -57,12 +63,19 @@ class SlotTable:
         evicted: list[FullHash] = []
         while len(slots) < count and (self._free or self._idle):
             if not self._free:
-                victim, _ = self._idle.popitem(last=False)
+                victim = self._victim()
+                del self._idle[victim]
                 self._free.append(self._stored.pop(victim).slot)
                 evicted.append(victim)
             slots.append(self._free.pop())
         self._granted.update(slots)
         return slots, evicted
+
+    def _victim(self) -> FullHash:
+        """Which idle block goes next; there is one."""
+        if self._eviction == "lru":
+            return next(iter(self._idle))
+        return next(block_hash for block_hash, block in self._stored.items() if not block.pins)
 
     def give_back(self, slot: int) -> None:
         """A granted slot was not filled after all."""

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dynamo_lite.plane.layout import KvLayout
-from kvbm.tiers.host import HostMemory, slot_bytes
+from kvbm.tiers.host import HostMemory
+from kvbm.tiers.record import stride_bytes
 from tests.unit.workers.transfer.kv import ORDERS, Rank
 from workers.connector.arena import Arena
 from workers.transfer.pack import Copier
@@ -48,7 +49,7 @@ class Tier:
 
 
 def memory_of(layout: KvLayout) -> HostMemory:
-    return HostMemory(BLOCKS * slot_bytes(layout.block_bytes, layout.tensor_parallel))
+    return HostMemory(BLOCKS * stride_bytes(layout.block_bytes * layout.tensor_parallel))
 
 
 @pytest.fixture(params=["in a row", "scattered"])

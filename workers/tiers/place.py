@@ -20,6 +20,7 @@ _SAMPLES, _SAMPLE_BYTES = 16, 4096  # of each file with weights
 class Place:
     """One worker, and the namespace of its blocks."""
 
+    deployment: str  # the configuration's namespace
     worker: str  # e.g. "decode-0"
     namespace: bytes  # 32 bytes: equal for workers that may use each other's blocks, as they are
     description: bytes  # JSON, of what the namespace stands for
@@ -30,7 +31,7 @@ class Place:
         return int.from_bytes(self.namespace[:8], "big")
 
 
-def place_of(worker: str, fingerprint: Fingerprint, model: Path) -> Place:
+def place_of(deployment: str, worker: str, fingerprint: Fingerprint, model: Path) -> Place:
     """`model`: the folder it was loaded from. Raises OSError."""
     named = {
         "model": fingerprint.model,
@@ -40,7 +41,7 @@ def place_of(worker: str, fingerprint: Fingerprint, model: Path) -> Place:
         "layout": msgspec.to_builtins(fingerprint.layout),
     }
     description = json.dumps(named, sort_keys=True, indent=1).encode()
-    return Place(worker, hashlib.sha256(description).digest(), description)
+    return Place(deployment, worker, hashlib.sha256(description).digest(), description)
 
 
 def weights_digest(model: Path) -> str:

@@ -10,12 +10,12 @@ from kvbm.manager import BlockManager
 from kvbm.policy import OnboardCost
 from kvbm.storage import Storage, StoragePolicy
 from kvbm.tiers.base import StorageTier
-from kvbm.tiers.disk import DiskTier
+from kvbm.tiers.disk import DiskSettings, DiskTier
 from kvbm.tiers.host import HostMemory, HostRecords
 from kvbm.tiers.object import ObjectTier
 from workers.tiers import metrics
-from workers.tiers.files import HostFile
-from workers.tiers.objects import StoreBlobs
+from workers.tiers.files import TierFiles
+from workers.tiers.objects import object_blobs
 from workers.tiers.place import Place
 
 
@@ -36,9 +36,15 @@ def _tiers(
 ) -> Iterator[tuple[config.StorageTier, StorageTier]]:
     layout = records.layout
     if settings.disk is not None:
-        yield settings.disk, DiskTier()
+        timeout_s = settings.disk.timeout_ms / 1000
+        files = TierFiles(memory, layout.stride, timeout_s)
+        folder = settings.disk.path / place.deployment / place.worker
+        disk = DiskSettings(
+            folder, settings.disk.size, layout.stride, place.namespace, settings.disk.eviction, timeout_s
+        )
+        yield settings.disk, DiskTier(disk, files.open)
     if settings.object is not None:
-        blobs = StoreBlobs(settings.object, memory, layout)
+        blobs = object_blobs(settings.object, memory, layout)
         yield settings.object, ObjectTier(blobs, layout, place.namespace, place.description, settings.object.refresh_s)
 
 

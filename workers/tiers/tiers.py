@@ -59,7 +59,7 @@ class Tiers:
     def __init__(self, settings: KvTiers) -> None:
         """Raises OSError."""
         assert settings.host is not None, "every other tier is behind host memory"
-        self._settings = settings
+        self._settings, self._host = settings, settings.host
         self.memory = HostMemory(settings.host.size)
         self.cost = OnboardCost()
         self.storages: list[Storage] = []
@@ -82,7 +82,7 @@ class Tiers:
         self.records = HostRecords(self.memory, records, self._threads, self._readers)
         if self.records.slots < 2:
             raise ValueError(f"kv_tiers.host.size: {self.memory.size} bytes do not hold two blocks of this model")
-        self.manager = BlockManager(self.records.slots, self._ranks)
+        self.manager = BlockManager(self.records.slots, self._ranks, self._host.eviction)
         self._command, self._group = command, group
         self._loads = Loads(records.stride, group)
         self.storages = storages_of(

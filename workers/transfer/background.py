@@ -47,6 +47,12 @@ class BackgroundTransfer(Transfer):
             if not self._changed.wait_for(self._quiet, CLOSE_S):
                 raise TransferError(f"the transfer could not be stopped within {CLOSE_S:g} s")
 
+    @property
+    def quiet(self) -> bool:
+        """Whether it has ended and its memory may be reused: what `close` waits for."""
+        with self._changed:
+            return self._settled and self._quiet()
+
     def wait(self) -> None:
         """Block until it is done."""
         with self._changed:

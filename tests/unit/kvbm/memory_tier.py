@@ -43,6 +43,7 @@ class MemoryTier:
         self.writes: list[int] = []  # records of each write
         self.syncs = self.probes = 0
         self.probed = asyncio.Event()
+        self.writing = asyncio.Event()
 
     async def _work(self) -> None:
         await self.gate.wait()
@@ -67,6 +68,7 @@ class MemoryTier:
         return tuple(self.content)
 
     async def write(self, records: Sequence[HostRecord]) -> int:
+        self.writing.set()
         await self._work()
         self.writes.append(len(records))
         stored = list(records)[: self._size - len(self.content)]

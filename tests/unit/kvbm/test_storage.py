@@ -107,6 +107,17 @@ async def test_at_the_end_what_waits_is_written() -> None:
         assert set(here.tier.content) == {named(1), named(2)}
 
 
+async def test_a_flush_also_waits_for_what_is_being_written_already() -> None:
+    async with world() as here:
+        here.tier.gate.clear()
+        await here.to_host(1)
+        async with asyncio.timeout(5):
+            await here.tier.writing.wait()
+        asyncio.get_running_loop().call_soon(here.tier.gate.set)
+        await here.storage.flush(5)
+        assert set(here.tier.content) == {named(1)}
+
+
 async def test_a_flush_of_a_tier_that_hangs_ends_by_its_deadline() -> None:
     async with world(interval_s=60) as here:
         await here.to_host(1)

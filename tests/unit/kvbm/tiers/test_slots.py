@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvbm.hashing import FullHash
-from kvbm.tiers.slots import SlotTable, Stored
+from kvbm.tiers.slots import Eviction, SlotTable, Stored
 
 
 def named(number: int) -> FullHash:
@@ -48,6 +48,26 @@ def test_pinned_blocks_are_not_evicted_and_come_back_as_the_latest() -> None:
     table.unpin(blocks[:2])
     table.check()
     assert table.grant(1)[1] == [named(2)]
+
+
+def test_first_in_first_out_whatever_was_used_meanwhile() -> None:
+    table = SlotTable(3, "fifo")
+    blocks = filled(table, 1, 2, 3)
+    table.touch((named(1),))
+    table.pin(blocks[1:2])
+    table.unpin(blocks[1:2])
+    assert table.grant(2)[1] == [named(1), named(2)]
+    table.check()
+
+
+def test_first_in_first_out_steps_over_what_is_pinned_and_takes_it_once_it_is_not() -> None:
+    table = SlotTable(3, "fifo")
+    blocks = filled(table, 1, 2, 3)
+    table.pin(blocks[:1])
+    assert table.grant(1)[1] == [named(2)]
+    table.unpin(blocks[:1])
+    assert table.grant(2)[1] == [named(1), named(3)]
+    table.check()
 
 
 def test_a_second_copy_of_a_block_gives_its_slot_back() -> None:
@@ -109,9 +129,11 @@ def test_who_waited_for_a_block_may_use_it_though_another_copy_was_faster() -> N
 class Tables(RuleBasedStateMachine):
     """Against a plain dict and list."""
 
+    eviction: Eviction = "lru"
+
     def __init__(self) -> None:
         super().__init__()
-        self.table = SlotTable(5)
+        self.table = SlotTable(5, self.eviction)
         self.model: dict[FullHash, int] = {}
         self.granted: list[int] = []
         self.pinned: list[list[Stored]] = []
@@ -122,6 +144,8 @@ class Tables(RuleBasedStateMachine):
         slots, evicted = self.table.grant(count)
         held = {block.hash for blocks in self.pinned for block in blocks}
         assert held.isdisjoint(evicted)
+        if self.eviction == "fifo":
+            assert evicted == [block_hash for block_hash in self.model if block_hash not in held][: len(evicted)]
         for block_hash in evicted:
             del self.model[block_hash]
         assert set(slots).isdisjoint(self.granted)
@@ -186,5 +210,13 @@ class Tables(RuleBasedStateMachine):
         assert self.table.stored == len(self.model)
 
 
+class FifoTables(Tables):
+    """The same, and in the order in which they were stored."""
+
+    eviction = "fifo"
+
+
 TestTables = Tables.TestCase
 TestTables.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestFifoTables = FifoTables.TestCase
+TestFifoTables.settings = TestTables.settings
