@@ -130,7 +130,8 @@ class SlotTable:
         """Protect them from eviction, once more for each call."""
         for block in blocks:
             block.pins += 1
-            self._idle.pop(block.hash, None)
+            if self._stored.get(block.hash) is block:  # and not another copy of it
+                self._idle.pop(block.hash, None)
 
     def unpin(self, blocks: Sequence[Stored]) -> None:
         """Undo one pin of each; given in their prefix's order."""
@@ -151,7 +152,8 @@ class SlotTable:
         if block.dropped or where.get(block.hash) is not block:
             return
         del where[block.hash]
-        self._idle.pop(block.hash, None)
+        if block.here:
+            self._idle.pop(block.hash, None)
         if block.pins:
             block.dropped = True
             self._dropped[block.slot] = block

@@ -262,7 +262,7 @@ async def test_blocks_come_back_from_disk_through_host_memory(tmp_path: Path) ->
         assert load_of(tiers, Tier.DISK).onboarded == 6
         assert load_of(tiers, Tier.DISK).hits == 6
         told = {tier: set(hashes) for tier, hashes in tiers.snapshot().items()}
-        assert told == dict.fromkeys((Tier.HOST, Tier.DISK), set(map(low64, HASHES)))
+        assert told == {tier: set(map(low64, HASHES)) for tier in (Tier.HOST, Tier.DISK)}
 
 
 async def test_routers_hear_of_both_tiers(tmp_path: Path) -> None:
