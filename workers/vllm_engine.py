@@ -52,6 +52,7 @@ from workers.connector.protocol import (
     ReceivePlanned,
     Report,
     Skipped,
+    SlotsWanted,
     StopPush,
     failure,
     new_transfer_id,
@@ -221,7 +222,7 @@ class VllmEngine:
                 self._pulse.alive(report.rank)
             case Holds():
                 self._holds[report.rank] = report
-            case Offloaded() | Onboarded():
+            case Offloaded() | SlotsWanted() | Onboarded():
                 assert self._tiers is not None, "without tiers nothing is offloaded"
                 self._tiers.handle(report)
             case Peers():

@@ -1,6 +1,7 @@
 """The scheduler's half of offloading: which blocks of the running requests go to the host tier, and to which slot.
 
-The worker process grants slots ahead, so nothing is asked for in between; without one a block is simply not offloaded.
+The worker process grants slots ahead, and hears of prompts that need more when they come, so that these are here by the
+time the blocks are complete; without one a block is simply not offloaded.
 Where every rank is to copy its share of a block, all of them learn the same slot here.
 """
 
@@ -45,9 +46,14 @@ class OffloadPlans:
 
     # ---- from vLLM's scheduler ----
 
-    def arrived(self, request: Request) -> None:
-        """It is about to be scheduled, perhaps not for the first time."""
+    def arrived(self, request: Request) -> int:
+        """It is about to be scheduled, perhaps not for the first time. Returns how many slots more it will need."""
+        if request.request_id in self._requests:
+            return 0
         self._requests[request.request_id] = request
+        fresh = (one for one in request.block_hashes if one not in self._there)
+        needed = sum(not self._second_use or one in self._seen for one in fresh)
+        return max(0, needed - len(self._slots))
 
     def step(self, engine_id: str, fresh: list[int] | None, resumed: bool, computed: int) -> OffloadStep | None:
         """What to copy once `computed` tokens of the request are there; `fresh`: blocks it was given in this step."""

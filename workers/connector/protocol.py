@@ -139,6 +139,12 @@ class Offloaded(msgspec.Struct, frozen=True, tag="offloaded"):
     missed: int = 0  # blocks that found no slot; from the scheduler's connector, rank -1
 
 
+class SlotsWanted(msgspec.Struct, frozen=True, tag="wanted"):
+    """From the scheduler's connector: a prompt has come that will complete that many more blocks than it has slots."""
+
+    count: int
+
+
 class Onboarded(msgspec.Struct, frozen=True, tag="onboarded"):
     """An onboarding has ended on one rank, and reads no slot any more. `cause` is empty when all it was to is here."""
 
@@ -153,7 +159,7 @@ class Onboarded(msgspec.Struct, frozen=True, tag="onboarded"):
 
 Report = (
     Hello | Skipped | ReceivePlanned | ReceiveOpened | ReceiveEnded | PushEnded | Holds | Peers | Alive
-    | Offloaded | Onboarded
+    | Offloaded | SlotsWanted | Onboarded
 )  # fmt: skip
 
 # ---- worker process → connector -------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from workers.connector.protocol import (
     ReceivePlan,
     Report,
     Skipped,
+    SlotsWanted,
     StepPlan,
     new_transfer_id,
 )
@@ -165,8 +166,8 @@ class SchedulerSide:
 
     def arrived(self, request: Request) -> None:
         """vLLM considers the request for scheduling, perhaps not for the first time."""
-        if self._offloads is not None:
-            self._offloads.arrived(request)
+        if self._offloads is not None and (wanted := self._offloads.arrived(request)):
+            self._report(SlotsWanted(wanted))
         packed = (request.kv_transfer_params or {}).get(PUSH)
         if packed is not None and request.request_id not in self._pushes and not request.num_preemptions:
             target = msgspec.msgpack.decode(packed, type=PushTarget)

@@ -35,6 +35,7 @@ from workers.connector.protocol import (
     OnboardChecked,
     Onboarded,
     OnboardOver,
+    SlotsWanted,
     TierChanged,
 )
 from workers.engine import TierLoad
@@ -47,7 +48,7 @@ from workers.tiers.storages import storages_of
 _log = logging.getLogger(__name__)
 _READERS = 4  # threads that take checksums, at most on half of the cores
 _CHECKED = 32 * 2**20  # bytes in host memory that are checked at once; the engine is told of them together
-_GRANTED = 1024  # slots kept ready for the engine, at most an eighth of all: a long prompt completes many at once
+_GRANTED = 1024  # slots kept ready for the engine at most
 _OPEN_S = 10.0  # for a tier to find what is there from before
 _FLUSH_S = 5.0  # at the end, for what has not been written yet
 _SNAPSHOT = 250_000  # blocks of each tier that a snapshot tells of at most: it has to fit a message
@@ -109,13 +110,16 @@ class Tiers:
 
     # ---- offload ----
 
-    def handle(self, report: Offloaded | Onboarded) -> None:
+    def handle(self, report: Offloaded | SlotsWanted | Onboarded) -> None:
         """A connector's report."""
-        if isinstance(report, Offloaded):
-            self.manager.counts.missed += report.missed
-            self._offloaded(report)
-        else:
-            self._onboarded(report)
+        match report:
+            case Offloaded():
+                self.manager.counts.missed += report.missed
+                self._offloaded(report)
+            case SlotsWanted():
+                self._grant(report.count)
+            case Onboarded():
+                self._onboarded(report)
 
     def _offloaded(self, report: Offloaded) -> None:
         """Blocks have come, or will not. They can be found once their checksums are known."""
@@ -136,13 +140,18 @@ class Tiers:
             storage.offer([record.hash for record in records])
         self._grant()
 
-    def _grant(self) -> None:
-        """Let the engine have slots ahead, so that it need not ask; tell what gave way to them."""
-        wanted = min(_GRANTED, max(1, self.manager.slots // 8)) - self.manager.granted
-        slots = self.manager.grant(wanted) if wanted > 0 else []
+    def _grant(self, more: int = 0) -> None:
+        """Let the engine have slots ahead, so that it need not ask, and `more` for a prompt that has come.
+
+        What is granted caches nothing, so that is an eighth of all at most, and half of them for prompts.
+        """
+        slots, granted = self.manager.slots, self.manager.granted
+        ahead = min(_GRANTED, max(1, slots // 8)) - granted
+        wanted = max(ahead, min(more, slots // 2 - granted))
+        given = self.manager.grant(wanted) if wanted > 0 else []
         self.tell()
-        if slots:
-            self._command(GrantSlots(tuple(slots)))
+        if given:
+            self._command(GrantSlots(tuple(given)))
 
     def tell(self) -> None:
         """The engine and the routers, of what has changed."""

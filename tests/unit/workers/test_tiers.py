@@ -25,6 +25,7 @@ from workers.connector.protocol import (
     OnboardChecked,
     Onboarded,
     OnboardOver,
+    SlotsWanted,
     TierChanged,
 )
 from workers.engine import TierLoad
@@ -189,6 +190,17 @@ async def test_slots_that_were_not_filled_are_granted_again() -> None:
         assert slot in (await engine.take(GrantSlots)).slots
         tiers.handle(Offloaded(-1, missed=3))
         assert tiers.load()[0].missed == 4
+
+
+async def test_a_prompt_gets_the_slots_it_asks_for_up_to_half_of_all() -> None:
+    async with tiers_of(64) as (tiers, engine):
+        assert len((await engine.take(GrantSlots)).slots) == 8
+        tiers.handle(SlotsWanted(10))
+        assert len((await engine.take(GrantSlots)).slots) == 10
+        tiers.handle(SlotsWanted(1000))
+        assert len((await engine.take(GrantSlots)).slots) == 14
+        tiers.handle(SlotsWanted(1))
+        assert tiers.manager.granted == 32
 
 
 async def test_the_device_being_cleared_leaves_the_tier_known() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.unit.workers.connector.prompt import Engine
 from workers.connector.offload_plan import OffloadPlans
-from workers.connector.protocol import GrantSlots, Offloaded, TierChanged
+from workers.connector.protocol import GrantSlots, Offloaded, SlotsWanted, TierChanged
 
 SIZE = 16
 
@@ -39,7 +39,14 @@ def test_blocks_without_a_slot_get_one_at_a_later_step_or_are_counted_as_missed(
     made.offloads.granted(GrantSlots((7,)))
     assert copied(made, 1) == [(101, 7)]
     made.side.finished(made.request)
-    assert made.reports == [Offloaded(-1, missed=2)]
+    assert made.reports == [SlotsWanted(5), Offloaded(-1, missed=2)]
+
+
+def test_slots_for_a_long_prompt_are_asked_for_once_when_it_comes() -> None:
+    made = engine(100, 2)
+    assert made.reports == [SlotsWanted(4)]
+    made.side.arrived(made.request)
+    assert made.reports == [SlotsWanted(4)]
 
 
 def test_what_is_in_the_tier_is_not_offloaded_until_it_is_there_no_more() -> None:
