@@ -173,6 +173,7 @@ class DiskTier:
     async def _write_part(self, volume: Volume, part: Sequence[tuple[HostRecord, int]]) -> None:
         self._check_same(volume)
         await volume.blocks.write([record.slot for record, _ in part], [place for _, place in part])
+        self._check_same(volume)
         entries = [volume.entry(place, record.hash) for record, place in reversed(part)]  # a prefix's head goes last
         await self._run(lambda: volume.manifest.set(entries))
         self._check_same(volume)
