@@ -129,10 +129,10 @@ class StoreBlobs:
 
 def object_blobs(settings: ObjectTier, memory: HostMemory, records: Records) -> StoreBlobs:
     """The store of the configuration; does not contact it. Raises TierRefused for a URL that cannot be one."""
-    timeout_s = settings.timeout_ms / 1000
+    timeout_s = settings.timeout_ms / 1000  # ours; the store's client's is longer, so that it is always ours that ends
     options = StoreOptions(
         settings.endpoint, settings.region, settings.access_key_id, settings.secret_access_key,
-        connect_timeout_s=timeout_s * _CONNECT, request_timeout_s=timeout_s, retry_s=timeout_s,
+        connect_timeout_s=timeout_s * _CONNECT, request_timeout_s=timeout_s * 2, retry_s=timeout_s,
     )  # fmt: skip
     try:
         engine = ObjectEngine(open_store(settings.url, options), _REQUESTS)
