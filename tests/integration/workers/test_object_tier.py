@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import obstore
@@ -168,8 +168,7 @@ async def test_one_who_may_only_read_forgets_for_good_what_it_cannot_delete(
         assert await reader.read([1, 2]) == [1, 2]
         await reader.tier.forget(block_hash(1))
         for _ in range(2):
-            with suppress(TierFailed):  # the deletion, tried again
-                await reader.tier.refresh()
+            await reader.tier.refresh()
             assert reader.tier.hashes() == (block_hash(2),)
         async with fails("denied"):
             await reader.write([3])
@@ -240,7 +239,7 @@ class Proxy:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._forward(reader, forth, request=True))
                 group.create_task(self._forward(back, writer, request=False))
-        except* ConnectionError:
+        except* OSError:  # either side is gone
             pass
         finally:
             writer.close()
