@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from dynamo_lite import config
 from kvbm.errors import TierRefused
+from kvbm.events import Tier
 from kvbm.hashing import FullHash
-from kvbm.tiers.base import Changes
+from kvbm.tiers.base import Changes, StorageTier
 from kvbm.tiers.host import HostMemory
 from kvbm.tiers.record import Records
 from tests.object_tier import DESCRIPTION, SLOTS, SMALL, Worker, block_hash, key
@@ -50,6 +51,8 @@ def store() -> ObjectStore:
 
 async def test_a_block_is_read_back_as_it_was_written_by_all_who_share_its_namespace(store: ObjectStore) -> None:
     async with worker(store) as one, worker(store) as two, worker(store, bytes(32)) as stranger:
+        storage: StorageTier = one.tier
+        assert (storage.tier, storage.size_bytes, storage.evicted) == (Tier.OBJECT, 0, 0)
         assert await one.write([1, 2, 3]) == 3
         for tier in (two.tier, stranger.tier):
             await tier.refresh()

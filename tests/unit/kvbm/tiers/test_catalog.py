@@ -62,6 +62,28 @@ def test_what_was_written_after_a_page_was_asked_for_is_not_gone_because_the_pag
     assert block_hash(0) in catalog
 
 
+def test_what_came_and_went_while_a_listing_was_elsewhere_is_noticed_by_it() -> None:
+    catalog = catalog_of()
+    listing = Listing(catalog)
+    listing.ask()
+    listing.found(block_hash(0))
+    catalog.wrote(block_hash(11))
+    listing.ask()  # by now others have deleted it
+    listing.end()
+    assert set(catalog.hashes()) == {block_hash(0)}
+
+
+def test_listings_at_the_same_time_do_not_undo_what_was_written_meanwhile() -> None:
+    catalog = catalog_of()
+    one, two = Listing(catalog), Listing(catalog)
+    one.ask()
+    two.ask()
+    catalog.wrote(block_hash(0))
+    one.found(block_hash(0))
+    two.end()
+    assert block_hash(0) in catalog
+
+
 def test_what_was_deleted_after_a_page_was_asked_for_is_not_back_because_the_page_has_it() -> None:
     catalog = catalog_of(0)
     listing = Listing(catalog)
