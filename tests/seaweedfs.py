@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import socket
 import sysconfig
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from dynamo_lite.processes import Child
 from workers.transfer.stores import StoreOptions
 
 ACCESS_KEY, SECRET_KEY = "tests", "tests-secret"
+READER_KEY, READER_SECRET = "reader", "reader-secret"  # may read and list, and no more
 START_S = 30
 _SERVICES = ("master", "volume", "filer", "s3")
 
@@ -30,11 +32,12 @@ class SeaweedFs:
         self._ports = _free_ports(2 * len(_SERVICES))
         self.endpoint = f"http://127.0.0.1:{self._ports[-2]}"
         self.options = StoreOptions(self.endpoint, access_key_id=ACCESS_KEY, secret_access_key=SECRET_KEY)
-        actions = ["Admin", "Read", "Write", "List", "Tagging"]
-        credentials = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
-        identity = {"name": "tests", "credentials": credentials, "actions": actions}
+        identities = [
+            _identity(ACCESS_KEY, SECRET_KEY, ["Admin", "Read", "Write", "List", "Tagging"]),
+            _identity(READER_KEY, READER_SECRET, ["Read", "List"]),
+        ]
         (folder / "data").mkdir()
-        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        (folder / "s3.json").write_text(json.dumps({"identities": identities}))
         self.child = self._started()
 
     def wait_until_it_stores(self) -> None:
@@ -73,6 +76,14 @@ class SeaweedFs:
             },
         )
 
+    def drop(self, bucket: str) -> None:
+        """Delete a bucket with all that is in it."""
+        filer = http.client.HTTPConnection("127.0.0.1", self._ports[2 * _SERVICES.index("filer")], timeout=START_S)
+        with closing(filer):
+            filer.request("DELETE", f"/buckets/{bucket}?recursive=true")
+            answer = filer.getresponse()
+            assert answer.status < 300, answer.read()
+
     def kill(self) -> None:
         """SIGKILL, as a crash would end it."""
         self.child.kill()
@@ -94,6 +105,10 @@ def seaweedfs(folder: Path) -> Iterator[SeaweedFs]:
         yield server
     finally:
         server.kill()
+
+
+def _identity(key: str, secret: str, actions: list[str]) -> dict[str, object]:
+    return {"name": key, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
 
 
 def _free_ports(count: int) -> list[int]:

@@ -18,7 +18,8 @@ _REMEMBERED = 65_536  # deletions; past that the oldest may be found once more, 
 
 
 class Catalog:
-    """Not thread-safe, nothing waits. O(1) but for `hashes`, `changes` and `sweep`, which takes a 256th at a time."""
+    """Not thread-safe, nothing waits. O(1) but for `hashes`, `changes`, and a part of it at a time while it is
+    listed."""
 
     parts = 256  # by a hash's first byte: so a listing, which is in order, finishes one after another
 
@@ -76,7 +77,7 @@ class Catalog:
             del self._doomed[block_hash]
             _remember(self._gone, block_hash, self._now)
 
-    # ---- listings ----
+    # ---- what a `Listing` says ----
 
     def tick(self) -> int:
         """The stamp of a page that is asked for now."""
@@ -128,6 +129,39 @@ class Catalog:
         assert not any(block_hash in self for block_hash in self._removed)
         assert not any(block_hash in self for block_hash in self._doomed)
         assert max(len(self._doomed), len(self._gone)) <= _REMEMBERED
+
+
+class Listing:
+    """One listing from its beginning, in the order of hashes: for each page `ask`, then `found`; `end` after the last.
+
+    It may be given up at any time. What it did not come to is as it was before.
+    """
+
+    complete = True  # False: there was no room for all it found
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._part = 0  # that the next page begins in, or before
+        self._begun = self._asked = 0  # when that part's first page was asked for, and the last page
+
+    def ask(self) -> None:
+        """The next page is about to be asked for."""
+        self._asked = self._catalog.tick()
+        self._begun = self._begun or self._asked
+
+    def found(self, block_hash: FullHash) -> None:
+        """That page has it. In order."""
+        self._reach(block_hash[0])
+        self.complete = self._catalog.listed(block_hash, self._asked) and self.complete
+
+    def end(self) -> None:
+        """That page had no more."""
+        self._reach(self._catalog.parts)
+
+    def _reach(self, part: int) -> None:
+        while self._part < part:
+            self._catalog.sweep(self._part, self._begun)
+            self._part, self._begun = self._part + 1, self._asked
 
 
 def _remember(hashes: OrderedDict[FullHash, T], block_hash: FullHash, what: T) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
@@ -18,7 +19,7 @@ from kvbm.errors import TierFailed
 from kvbm.events import Tier
 from kvbm.hashing import FullHash
 from kvbm.tiers.base import Changes, HostRecord
-from kvbm.tiers.catalog import Catalog
+from kvbm.tiers.catalog import Catalog, Listing
 from kvbm.tiers.record import Records
 
 _log = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class ObjectTier:
         assert len(namespace) == 32
         self._blobs, self._records = blobs, records
         self._folder, self._description, self._refresh_s = namespace.hex(), description, refresh_s
+        self._probe = f"{self._folder}/probe-{os.urandom(8).hex()}"  # always the same, so that no more than one is left
         self._catalog = Catalog(entries)
         self._described = False
         self._listing_fails = self._said_there_are_more = False
@@ -102,16 +104,14 @@ class ObjectTier:
 
     async def open(self) -> None:
         """Takes one page of the listing: `run` reads the others. Raises TierFailed."""
-        stamp = self._catalog.tick()
-        for blob in await self._blobs.page(self._folder, ""):
-            self._listed(blob, stamp)
+        await self._page(Listing(self._catalog), "")
         await self._describe()
 
     async def probe(self) -> None:
-        key, content = f"{self._folder}/probe-{os.urandom(8).hex()}", os.urandom(64)
-        await self._blobs.put_bytes(key, content)
-        back = await self._blobs.get_bytes(key, len(content))
-        await self._blobs.delete(key)
+        content = os.urandom(64)
+        await self._blobs.put_bytes(self._probe, content)
+        back = await self._blobs.get_bytes(self._probe, len(content))
+        await self._blobs.delete(self._probe)
         if back != content:
             raise TierFailed(self.tier, "corrupt", "the store does not give back what was written to it")
         await self._describe()
@@ -139,33 +139,25 @@ class ObjectTier:
 
     async def refresh(self) -> None:
         """List everything once. Raises TierFailed: what was listed by then counts, the rest is as it was before."""
-        part, after, doomed = 0, "", set[FullHash]()
-        begun = stamp = self._catalog.tick()  # when this part's first page was asked for, and the current page
-        while page := await self._blobs.page(self._folder, after):
-            for blob in page:
-                block_hash = self._hash(blob.key)
-                if block_hash is None:
-                    continue
-                while part < block_hash[0]:
-                    self._catalog.sweep(part, begun)
-                    part, begun = part + 1, stamp
-                self._listed(blob, stamp)
-                if self._catalog.doomed(block_hash):
-                    doomed.add(block_hash)
-            after, stamp = page[-1].key, self._catalog.tick()
-        for rest in range(part, self._catalog.parts):
-            self._catalog.sweep(rest, begun)
-            begun = stamp
-        await _all(self._delete(block_hash) for block_hash in doomed)
+        listing, after, doomed = Listing(self._catalog), "", set[FullHash]()
+        while page := await self._page(listing, after):
+            after = page[-1].key
+            hashes = [block_hash for blob in page if (block_hash := self._hash(blob.key)) is not None]
+            doomed |= {block_hash for block_hash in hashes if self._catalog.doomed(block_hash)}
+        listing.end()
+        await _all(self._delete_at_last(block_hash) for block_hash in doomed)
 
-    def _listed(self, blob: Blob, stamp: int) -> None:
-        """A listing that was asked for at `stamp` has it."""
-        block_hash = self._hash(blob.key)
-        if block_hash is None or blob.size != self._records.bytes:  # an incomplete one is as good as none
-            return
-        if not self._catalog.listed(block_hash, stamp) and not self._said_there_are_more:
+    async def _page(self, listing: Listing, after: str) -> Sequence[Blob]:
+        listing.ask()
+        page = await self._blobs.page(self._folder, after)
+        for blob in page:
+            block_hash = self._hash(blob.key)
+            if block_hash is not None and blob.size == self._records.bytes:  # an incomplete one is as good as none
+                listing.found(block_hash)
+        if not listing.complete and not self._said_there_are_more:
             self._said_there_are_more = True
             _log.warning("the object tier holds more than the %d blocks that are kept track of", self._catalog.limit)
+        return page
 
     def __contains__(self, block_hash: FullHash) -> bool:
         return block_hash in self._catalog
@@ -217,6 +209,10 @@ class ObjectTier:
             await self._delete(block_hash)
         except TierFailed as failed:
             _log.warning("a block that is not what was stored could not be deleted yet: %s", failed)
+
+    async def _delete_at_last(self, block_hash: FullHash) -> None:
+        with suppress(TierFailed):  # the next listing shows it again
+            await self._delete(block_hash)
 
     async def _delete(self, block_hash: FullHash) -> None:
         async with self._deletions:

@@ -25,6 +25,7 @@ from workers.transfer.stores import StoreOptions, open_store
 _log = logging.getLogger(__name__)
 _REQUESTS = 32  # more than the tier ever has under way, so that no deadline is spent on waiting for a turn
 _PAGE = 1000  # objects of a listing at a time: as many as S3 gives by one request
+_PART = 8 * 2**20  # at least: records are written by one request each
 _CONNECT = 0.5  # of the deadline, for a connection
 
 
@@ -129,13 +130,13 @@ class StoreBlobs:
 
 def object_blobs(settings: ObjectTier, memory: HostMemory, records: Records) -> StoreBlobs:
     """The store of the configuration; does not contact it. Raises TierRefused for a URL that cannot be one."""
-    timeout_s = settings.timeout_ms / 1000
+    timeout_s = settings.timeout_ms / 1000  # ours; the store's client's is longer, so that it is always ours that ends
     options = StoreOptions(
         settings.endpoint, settings.region, settings.access_key_id, settings.secret_access_key,
-        connect_timeout_s=timeout_s * _CONNECT, request_timeout_s=timeout_s, retry_s=timeout_s,
+        connect_timeout_s=timeout_s * _CONNECT, request_timeout_s=timeout_s * 2, retry_s=timeout_s,
     )  # fmt: skip
     try:
-        engine = ObjectEngine(open_store(settings.url, options), _REQUESTS)
+        engine = ObjectEngine(open_store(settings.url, options), _REQUESTS, max(records.bytes, _PART))
     except Mismatch as error:
         raise TierRefused(f"kv_tiers.object: {error}") from None
     return StoreBlobs(engine, settings.url, memory, records, timeout_s)

@@ -63,6 +63,7 @@ def _s3(url: str, options: StoreOptions) -> S3Store:
     config: S3Config = {
         "region": options.region,
         "virtual_hosted_style_request": not endpoint,  # other stores than AWS are seldom set up for it
+        "checksum_algorithm": "SHA256",  # the signature's, once more: not every store holds content against that one
     }
     if options.endpoint is not None:
         config["endpoint"] = options.endpoint
@@ -86,7 +87,8 @@ def failure(error: Exception, key: str) -> TransferError:
         return Corrupt(f"{key} ends before the bytes that are wanted{why}")
     if isinstance(error, FileNotFoundError):
         return NotFound(f"{key}: no such object or bucket{why}")
-    if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+    refused = status is not None and status[1] in ("401", "403")  # a listing's is no error of its own
+    if refused or isinstance(error, PermissionDeniedError | UnauthenticatedError):
         return Denied(f"{key}: the store refused our credentials{why}")
     if "HttpError {" in text or (status and status[1].startswith("5")):
         return Unreachable(f"{key}: {_first_line(error)}{why}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from tests.seaweedfs import SeaweedFs, seaweedfs
 from workers.errors import Denied, NotFound, TransferError, TransferTimeout, Unreachable
 from workers.transfer.engine import Region, Spans, Target, Transfer
-from workers.transfer.objects import ObjectEngine
+from workers.transfer.objects import Listed, ObjectEngine
 from workers.transfer.stores import StoreOptions, open_store
 
 MIB = 2**20
@@ -108,6 +109,35 @@ def test_a_deleted_object_is_not_found(engine: ObjectEngine) -> None:
     assert size_of(engine, "short-lived") is None
     with pytest.raises(NotFound, match="short-lived: no such object or bucket"):
         engine.read(region_of(engine, memory), WHOLE, target, WHOLE, soon()).wait()
+
+
+def test_a_folder_is_listed_page_after_page_in_order(engine: ObjectEngine) -> None:
+    content = np.ones(7, dtype=np.uint8)
+    whole, keys = Spans.one(0, 7), [f"listed/{number % 5:02x}/{number:03}" for number in range(40)]
+    for key in [*keys, "listed/last", "listed-too"]:
+        engine.write(region_of(engine, content), whole, engine.object(key, 7), whole, soon()).wait()
+    pages: list[Sequence[Listed]] = []
+    while not pages or pages[-1]:
+        (page := engine.page("listed", pages[-1][-1].key if pages else "", 9, soon())).wait()
+        pages.append(page.objects)
+    assert [len(page) for page in pages] == [9, 9, 9, 9, 5, 0]
+    assert [each for page in pages for each in page] == [Listed(key, 7) for key in [*sorted(keys), "listed/last"]]
+
+
+async def test_a_transfer_that_is_stopped_is_waited_for_by_a_task_that_is_cancelled_too() -> None:
+    memory = random_bytes()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        options = StoreOptions(f"http://127.0.0.1:{silent.getsockname()[1]}", access_key_id="a", secret_access_key="b")
+        with engine_of(options) as engine:
+            transfer = engine.write(region_of(engine, memory), WHOLE, engine.object("key", SIZE), WHOLE, soon())
+            async with asyncio.TaskGroup() as group:
+                stopping = group.create_task(transfer.stopped())
+                group.create_task(transfer.stopped())
+                await asyncio.sleep(0)
+                stopping.cancel()
+            transfer.close()
+            with pytest.raises(TransferError, match="cancelled"):
+                await transfer
 
 
 def test_a_bucket_that_is_gone_is_not_found(server: SeaweedFs) -> None:
@@ -203,9 +233,9 @@ def test_a_server_that_never_answers_costs_no_more_than_the_deadline() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         options = StoreOptions(f"http://127.0.0.1:{silent.getsockname()[1]}", access_key_id="a", secret_access_key="b")
         with engine_of(options) as engine:
-            found = engine.head("key", soon(0.3))
-            with pytest.raises(TransferTimeout):
-                found.wait()
+            for found in (engine.head("key", soon(0.3)), engine.page("folder", "", 10, soon(0.3))):
+                with pytest.raises(TransferTimeout):
+                    found.wait()
 
 
 def test_requests_have_a_deadline_of_their_own() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from dynamo_lite import config
 from kvbm.errors import TierRefused
+from kvbm.events import Tier
 from kvbm.hashing import FullHash
-from kvbm.tiers.base import Changes, HostRecord
+from kvbm.tiers.base import Changes, StorageTier
 from kvbm.tiers.host import HostMemory
-from kvbm.tiers.object import ObjectTier
 from kvbm.tiers.record import Records
+from tests.object_tier import DESCRIPTION, SLOTS, SMALL, Worker, block_hash, key
 from workers.tiers.objects import StoreBlobs, object_blobs
 from workers.transfer.objects import ObjectEngine
 from workers.transfer.stores import open_store
@@ -26,60 +27,21 @@ from workers.transfer.stores import open_store
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-BLOCK = 100  # bytes
 NAMESPACE = bytes(range(32))
-DESCRIPTION = b'{"model": "tests"}'
-RECORDS = Records(BLOCK, 7)
-SLOTS = 16
-
-
-def block_hash(number: int) -> FullHash:
-    """Two blocks of each part of the catalog that has any."""
-    return FullHash(bytes([number // 2 * 50 % 256]) + number.to_bytes(31, "big"))
-
-
-def content(number: int) -> bytes:
-    return bytes([number]) * BLOCK
-
-
-class Worker:
-    """A tier and the host memory before it."""
-
-    def __init__(self, store: ObjectStore, namespace: bytes = NAMESPACE, entries: int = 1000) -> None:
-        self.memory = HostMemory(SLOTS * RECORDS.stride)
-        blobs = StoreBlobs(ObjectEngine(store), "memory", self.memory, RECORDS, 10)
-        self.tier = ObjectTier(blobs, RECORDS, namespace, DESCRIPTION, 60, entries)
-
-    def record(self, slot: int) -> memoryview:
-        return self.memory.view(slot * RECORDS.stride, RECORDS.bytes)
-
-    async def write(self, numbers: Sequence[int]) -> int:
-        for slot, number in enumerate(numbers):
-            self.record(slot)[:BLOCK] = content(number)
-            RECORDS.seal(self.record(slot), block_hash(number))
-        return await self.tier.write([HostRecord(block_hash(number), slot) for slot, number in enumerate(numbers)])
-
-    async def read(self, numbers: Sequence[int]) -> list[int | None]:
-        """For each what its block consists of; None: not there; -1: there, but not proven."""
-        for slot in range(len(numbers)):
-            self.record(slot)[:] = bytes(RECORDS.bytes)
-        here = await self.tier.read([HostRecord(block_hash(number), slot) for slot, number in enumerate(numbers)])
-        found: list[int | None] = []
-        for slot, (number, there) in enumerate(zip(numbers, here, strict=True)):
-            proven = RECORDS.proven(self.record(slot), block_hash(number)) is not None
-            found.append((self.record(slot)[0] if proven else -1) if there else None)
-        return found
+BLOCK = SMALL.block_bytes
 
 
 @asynccontextmanager
 async def worker(store: ObjectStore, namespace: bytes = NAMESPACE, entries: int = 1000) -> AsyncIterator[Worker]:
-    each = Worker(store, namespace, entries)
+    def blobs(memory: HostMemory, records: Records) -> StoreBlobs:
+        return StoreBlobs(ObjectEngine(store), "memory", memory, records, 10)
+
+    each = Worker(blobs, namespace, entries=entries)
     try:
         await each.tier.open()
         yield each
     finally:
-        await each.tier.close()
-        each.memory.close()
+        await each.close()
 
 
 @pytest.fixture
@@ -87,20 +49,17 @@ def store() -> ObjectStore:
     return open_store("memory:///")
 
 
-def key(number: int) -> str:
-    name = block_hash(number).hex()
-    return f"{NAMESPACE.hex()}/{name[:2]}/{name}"
-
-
 async def test_a_block_is_read_back_as_it_was_written_by_all_who_share_its_namespace(store: ObjectStore) -> None:
     async with worker(store) as one, worker(store) as two, worker(store, bytes(32)) as stranger:
+        storage: StorageTier = one.tier
+        assert (storage.tier, storage.size_bytes, storage.evicted) == (Tier.OBJECT, 0, 0)
         assert await one.write([1, 2, 3]) == 3
         for tier in (two.tier, stranger.tier):
             await tier.refresh()
         assert await one.read([3, 1]) == [3, 1]
         assert await two.read([1, 2, 3]) == [1, 2, 3]
         assert set(two.tier.hashes()) == {block_hash(number) for number in (1, 2, 3)}
-        assert two.tier.used_bytes == 3 * RECORDS.bytes
+        assert two.tier.used_bytes == 3 * SMALL.bytes
         assert stranger.tier.hashes() == ()
         assert await stranger.read([1]) == [None]
     async with worker(store) as later:
@@ -120,11 +79,11 @@ async def test_a_block_that_others_deleted_is_missed_and_forgotten(store: Object
     async with worker(store) as one:
         await one.write([1, 2])
         assert set(one.tier.changes().stored) == {block_hash(1), block_hash(2)}
-        obstore.delete(store, key(1))
+        obstore.delete(store, key(NAMESPACE, 1))
         assert await one.read([1, 2]) == [None, 2]
         assert block_hash(1) not in one.tier
         assert one.tier.changes() == Changes(removed=(block_hash(1),))
-        obstore.delete(store, key(2))
+        obstore.delete(store, key(NAMESPACE, 2))
         await one.tier.refresh()
         assert one.tier.changes() == Changes(removed=(block_hash(2),))
         assert await one.write([1]) == 1
@@ -144,10 +103,10 @@ async def test_a_forgotten_block_is_deleted_for_all(store: ObjectStore) -> None:
 async def test_an_object_that_is_not_what_was_stored_is_not_proven(store: ObjectStore) -> None:
     async with worker(store) as one, worker(store) as two:
         await one.write([1, 2])
-        flipped = bytearray(obstore.get(store, key(1)).bytes())
+        flipped = bytearray(obstore.get(store, key(NAMESPACE, 1)).bytes())
         flipped[BLOCK // 2] ^= 1
-        obstore.put(store, key(1), bytes(flipped))
-        obstore.put(store, key(2), bytes(obstore.get(store, key(2)).bytes())[:-1])
+        obstore.put(store, key(NAMESPACE, 1), bytes(flipped))
+        obstore.put(store, key(NAMESPACE, 2), bytes(obstore.get(store, key(NAMESPACE, 2)).bytes())[:-1])
         assert await one.read([1, 2]) == [-1, -1]
         await two.tier.refresh()
         assert two.tier.hashes() == (block_hash(1),)  # a listing shows that the other is too short
@@ -158,8 +117,8 @@ async def test_an_object_that_is_not_what_was_stored_is_not_proven(store: Object
 async def test_what_is_no_block_is_not_taken_for_one(store: ObjectStore) -> None:
     name = block_hash(1).hex()
     for stray in (f"00/{name}", f"{name[:2]}/{name[:-1]}", f"{name[:2]}/{name[:-1]}x", name, f"{name[:2]}/x/{name}"):
-        obstore.put(store, f"{NAMESPACE.hex()}/{stray}", bytes(RECORDS.bytes))
-    obstore.put(store, f"{NAMESPACE.hex()}{name[:2]}/{name}", bytes(RECORDS.bytes))
+        obstore.put(store, f"{NAMESPACE.hex()}/{stray}", bytes(SMALL.bytes))
+    obstore.put(store, f"{NAMESPACE.hex()}{name[:2]}/{name}", bytes(SMALL.bytes))
     async with worker(store) as one:
         await one.tier.refresh()
         expected = [block_hash(1)] if block_hash(1)[0] == 0 else []
@@ -205,9 +164,9 @@ async def test_running_lists_again_after_a_while_and_after_a_probe(store: Object
 
 
 def test_a_url_that_names_no_bucket_is_refused() -> None:
-    memory = HostMemory(RECORDS.stride)
+    memory = HostMemory(SMALL.stride)
     with pytest.raises(TierRefused, match=r"kv_tiers\.object"):
-        object_blobs(config.ObjectTier(url="s3://buck et"), memory, RECORDS)
+        object_blobs(config.ObjectTier(url="s3://buck et"), memory, SMALL)
     memory.close()
 
 
@@ -258,11 +217,11 @@ class Model:
         if name == "forget":
             await each.tier.forget(block_hash(number))
         elif number in self.store and name == "spoil":
-            obstore.put(store, key(number), bytes(RECORDS.bytes))
+            obstore.put(store, key(NAMESPACE, number), bytes(SMALL.bytes))
             self.store[number] = -1
             return
         elif number in self.store:
-            obstore.delete(store, key(number))
+            obstore.delete(store, key(NAMESPACE, number))
         self.store.pop(number, None)
 
     def tell(self, who: int, each: Worker) -> None:

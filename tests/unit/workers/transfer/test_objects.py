@@ -220,6 +220,11 @@ def test_credentials_are_not_shown() -> None:
             "k: the store refused our credentials (InvalidAccessKeyId)",
         ),
         (
+            GenericError("GET: status code: 403 Forbidden: <?xml…<Code>SignatureDoesNotMatch</Code>"),
+            Denied,
+            "k: the store refused our credentials (SignatureDoesNotMatch)",
+        ),
+        (
             GenericError("Generic S3 error: HTTP error: error sending request\n\nDebug source:\n HttpError {…"),
             Unreachable,
             "k: Generic S3 error: HTTP error: error sending request",
