@@ -21,7 +21,7 @@ from kvbm.events import Tier
 TOKENS = 24
 IDENTITY = (17, 500, 2048, 5000)
 FLUSH = (5, 8000)  # prompts, tokens: more than the device holds, and with the others less than the host tier does
-# Length: prompts that go round, and how often. The device holds 32,768 tokens, the host tier 57,344 and its slots ahead.
+# Length: prompts that go round, and how often. The device holds 32,768 tokens, the host tier 57,344 beside slots ahead.
 ROUNDS = {4096: (12, 2), 16384: (3, 4)}
 EAGER: dict[str, Any] = {"enforce_eager": True, "max_num_batched_tokens": 4096}
 
