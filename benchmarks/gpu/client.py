@@ -38,6 +38,7 @@ class Stream:
     started: float
     token_ids: list[int] = field(default_factory=list)
     token_s: list[float] = field(default_factory=list)  # of each token, since it was sent
+    cached_tokens: int = 0  # of the prompt, found in the worker's KV
     error: str | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     ended: bool = False
@@ -118,6 +119,7 @@ class Client:
                 continue
             stream.token_s += [now - stream.started] * len(delta.token_ids)
             stream.token_ids += delta.token_ids
+            stream.cached_tokens = delta.cached_tokens or stream.cached_tokens
             stream.error = delta.error.message if delta.error else None
             stream.ended = bool(delta.finish or delta.error)
             stream.changed.set()

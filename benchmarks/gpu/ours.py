@@ -1,4 +1,4 @@
-"""Our own deployment on one GPU: a prefill and a decode worker that share it, as `dynamo-lite serve` starts them."""
+"""Our own deployment, as `dynamo-lite serve` starts it: a prefill and a decode worker, on one GPU or one each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NEW_TOKENS = 4
 # On a GPU shared by MPS a whole prompt goes before a batch's next tokens, as it does where one worker does both.
 LATER = {"CUDA_MPS_CLIENT_PRIORITY": "1"}
 CUDA_GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 72]}
-# Both workers share one GPU, so each is told how much of it is its own.
+# Where both workers share one GPU each has to be told how much of it is its own.
 ENGINE: dict[str, Any] = {"load_format": "dummy", "compilation_config": CUDA_GRAPHS, "max_num_batched_tokens": 4096}
 
 

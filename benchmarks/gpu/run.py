@@ -1,8 +1,9 @@
-"""Everything that is measured on one GPU, in one run: our deployment, stock vLLM's connector, the raw transfer.
+"""Everything that is measured on GPUs, in one run: our deployment, stock vLLM's connector, the host tier.
 
-    python -m benchmarks.gpu.run --json FILE [--only ours safety stock] [--mps] [--quick]
+    python -m benchmarks.gpu.run --json FILE [--only ours safety stock tiers unequal] [--mps] [--quick]
 
-By hand, on a host with one GPU of 80 GB; never in CI.
+By hand, on a host with one or two GPUs of 80 GB; never in CI. Where there are two, prefill is on one and decode on the
+other, so `--mps` is for one; `unequal` needs two.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import ours, safety, stock
+from benchmarks.gpu import ours, safety, stock, tiers, unequal
 from benchmarks.report import machine
 
 
@@ -57,6 +58,8 @@ def main() -> None:
             "ours": lambda: ours.main(folder, chosen.quick),
             "safety": lambda: safety.main(folder),
             "stock": lambda: stock.main(folder, chosen.quick),
+            "tiers": lambda: tiers.main(folder),
+            "unequal": lambda: unequal.main(folder),
         }
         for name in chosen.only:
             try:

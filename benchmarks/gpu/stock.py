@@ -1,4 +1,7 @@
-"""Stock vLLM with its NixlConnector on one GPU: a prefill and a decode engine in two processes, by vLLM's own API."""
+"""Stock vLLM with its NixlConnector: a prefill and a decode engine in two processes, by vLLM's own API.
+
+They share one GPU, or have one each.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.gpu.model import MAX_LENGTH, make
 from benchmarks.gpu.ours import CUDA_GRAPHS, LENGTHS, prompt
 
@@ -19,10 +24,12 @@ START_S = 240.0
 REQUEST_S = 60.0
 
 
-def engine(role: str, model: str, port: int, pipe: Connection) -> None:
+def engine(role: str, model: str, port: int, gpu: int, pipe: Connection) -> None:
     """A process: serves `(token_ids, new tokens, kv_transfer_params)` with `(seconds, tokens, params)`."""
     os.setpgrp()  # vLLM's own processes do not end with this one: all of them are killed as a group
-    os.environ |= {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(port), "UCX_RNDV_THRESH": "inf"}
+    os.environ |= {
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port), "UCX_RNDV_THRESH": "inf", "CUDA_VISIBLE_DEVICES": str(gpu)
+    }  # fmt: skip
     from vllm import LLM, SamplingParams  # noqa: PLC0415  # after the environment
     from vllm.config import KVTransferConfig  # noqa: PLC0415
 
@@ -47,10 +54,10 @@ def engine(role: str, model: str, port: int, pipe: Connection) -> None:
 class Engine:
     """One of the two."""
 
-    def __init__(self, role: str, model: str, port: int) -> None:
+    def __init__(self, role: str, model: str, port: int, gpu: int) -> None:
         context = mp.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=engine, args=(role, model, port, theirs), name=role)
+        self._process = context.Process(target=engine, args=(role, model, port, gpu, theirs), name=role)
         self._process.start()
 
     def take(self, seconds: float) -> Any:
@@ -75,9 +82,9 @@ def main(folder: Path, quick: bool) -> dict[str, Any]:
     model = str(make(folder / "model"))
     started = time.perf_counter()
     with ExitStack() as engines:
-        first = engines.enter_context(closing(Engine("prefill", model, 5701)))
+        first = engines.enter_context(closing(Engine("prefill", model, 5701, 0)))
         first.take(START_S)  # one after the other: vLLM measures free memory while it starts
-        second = engines.enter_context(closing(Engine("decode", model, 5801)))
+        second = engines.enter_context(closing(Engine("decode", model, 5801, torch.cuda.device_count() - 1)))
         second.take(START_S)
         found: dict[str, Any] = {"ready_s": time.perf_counter() - started}
         for length in LENGTHS[:3] if quick else LENGTHS:

@@ -63,7 +63,7 @@ def test_blocks_come_back_from_the_tier_as_they_went_there(worker: Side) -> None
     ended = worker.reports.take(Onboarded)
     assert (ended.cause, ended.blocks, ended.bytes) == ("", 3, 3 * BLOCK_BYTES)
     assert same(worker.blocks([20, 21, 22]), before)
-    worker.mover.wait(5)
+    worker.look()
     assert worker.mover.ended(set()).received == {"e"}
 
 
@@ -87,7 +87,7 @@ def test_only_blocks_that_were_found_right_are_copied_and_the_rest_is_invalid(wo
     worker.mover.command(OnboardChecked("r", 1))
     ended = worker.reports.take(Onboarded)
     assert (ended.cause, ended.blocks) == ("corrupt", 1)
-    worker.mover.wait(5)
+    worker.look()
     assert worker.mover.ended(set()).invalid_blocks == {21, 22}
     assert same(worker.blocks([20]), worker.blocks([1]))
     assert same(worker.blocks([21, 22]), untouched)
@@ -121,7 +121,7 @@ def test_nothing_counts_as_read_when_the_word_of_the_last_blocks_does_not_come(m
     onboard(worker, [20, 21], [0, 1])
     worker.mover.command(OnboardChecked("r", 1, more=True))
     assert worker.reports.take(Onboarded).cause == "silent"
-    worker.mover.wait(5)
+    worker.look()
     assert worker.mover.ended(set()).invalid_blocks == {20, 21}
     worker.mover.close()
 
@@ -154,7 +154,7 @@ def test_blocks_that_nobody_checks_are_handed_back_by_the_deadline(memory: HostM
     worker = side(1, timeout_s=0.02, arena=memory.path)
     onboard(worker, [20], [0])
     assert worker.reports.take(Onboarded).cause == "silent"
-    worker.mover.wait(5)
+    worker.look()
     assert worker.mover.ended(set()).invalid_blocks == {20}
     worker.mover.close()
 
