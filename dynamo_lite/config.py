@@ -74,6 +74,7 @@ class KvTransfer(Model):
     window: Annotated[int, Field(ge=1, le=64)] = 4  # pieces in flight per transfer
     verify: bool = False  # checksum every piece, end to end
     min_remote_tokens: Annotated[int, Field(ge=1)] = 64  # shorter uncached remainders are computed by the decode worker
+    pull: Literal["auto", "always", "never"] = "auto"  # prefixes that other workers hold; auto: where predicted fastest
 
     def staging_on(self, device: Literal["cpu", "cuda"]) -> int:
         """Bytes in each direction: by default room for some pieces."""

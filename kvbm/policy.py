@@ -1,6 +1,7 @@
-"""Whether to read a prefix from the tiers or to compute it again, from what both have taken lately.
+"""Whether to read a prefix from the tiers, to pull it from another worker, or to compute it again, from what each has
+taken lately.
 
-Only what the two do not share is compared: both wait for the engine's next step.
+Only what the ways do not share is compared: all of them wait for the engine's next step.
 """
 
 from __future__ import annotations
@@ -131,3 +132,72 @@ class OnboardCost:
                 return None
             reads[part.tier] = reads.get(part.tier, 0.0) + seconds
         return None if copy_s is None else copy_s + max(reads.values(), default=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class PullForecast:
+    """Seconds until the whole prompt is here; None where nothing was measured yet, or where there is no such way."""
+
+    pull_s: float | None  # what another worker holds of it, and the rest computed here
+    rest_s: float  # of that, the rest, as far as is known
+    compute_s: float | None  # all of it here
+    remote_s: float | None  # all of it by a prefill worker
+
+    @property
+    def otherwise_s(self) -> float | None:
+        """The best way but pulling."""
+        return min((way for way in (self.compute_s, self.remote_s) if way is not None), default=None)
+
+    @property
+    def pull(self) -> bool:
+        """Unless another way is known to be faster: pulling once is how that becomes known."""
+        otherwise = self.otherwise_s
+        return otherwise is None or (self.rest_s if self.pull_s is None else self.pull_s) <= otherwise
+
+
+@dataclass(slots=True)
+class PullCost:
+    """What prompts have taken on one worker, by where their KV came from."""
+
+    _latency: Line = field(default_factory=Line)  # of pulls: all but the time in which bytes moved
+    _move: Line = field(default_factory=Line)
+    _compute: Line = field(default_factory=Line)
+    _remote: Line = field(default_factory=Line)
+    _refused: int = 0
+
+    def pulled(self, size: int, seconds: float, moving_s: float) -> None:
+        """A prefix of `size` bytes was here so long after it was asked for; it was under way for `moving_s` of that."""
+        self._move.add(size, moving_s)
+        self._latency.add(1, max(0.0, seconds - moving_s))
+
+    def pull_failed(self, seconds: float) -> None:
+        """It was waited for in vain."""
+        self._latency.add(1, seconds)
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        """That many tokens of a prompt were computed here in that time."""
+        if tokens >= _LEAST_TOKENS and seconds > 0:
+            self._compute.add(tokens, seconds)
+
+    def prefilled(self, tokens: int, seconds: float) -> None:
+        """That many tokens were here so long after a prefill worker was asked for them."""
+        if tokens >= _LEAST_TOKENS and seconds > 0:
+            self._remote.add(tokens, seconds)
+
+    def forecast(self, size: int, tokens: int, rest: int, *, remote: bool) -> PullForecast:
+        """For `tokens` of a prompt, `size` bytes, that another worker holds, and the `rest` that nobody has.
+
+        `remote`: a prefill worker could be asked for all of it. Until it is known how long computing takes here, the
+        rest is taken to be as fast as there.
+        """
+        if self._refused >= _REFUSALS:
+            self._latency, self._move, self._refused = Line(), Line(), 0
+        compute_s, rest_s = self._compute.seconds_for(tokens + rest), self._compute.seconds_for(rest)
+        if rest_s is None:
+            rest_s = self._remote.seconds_for(rest) or 0.0
+        latency_s = self._latency.seconds_for(1)
+        pull_s = None if latency_s is None else latency_s + (self._move.seconds_for(size) or 0.0) + rest_s
+        remote_s = self._remote.seconds_for(tokens + rest) if remote else None
+        forecast = PullForecast(pull_s, rest_s, compute_s, remote_s)
+        self._refused = 0 if forecast.pull else self._refused + 1
+        return forecast

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from dynamo_lite.plane.wire import Fingerprint, PushTarget, RequestId, Sampling, TokenLogprob
 from kvbm.events import KvEvent, Tier
+from kvbm.policy import PullCost
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,15 @@ class TransferReport:
 
 class RemotePrefill(Protocol):
     """The worker's side of a remote prefill, handed to the engine with a job."""
+
+    def plan(self, here: int) -> int:
+        """Up to which token of the prompt candidates are to be asked, `here` tokens of it being on this worker.
+
+        That is the prompt's end; or less, where another worker holds a prefix up to there and pulling it is the best
+        way. Then that worker is the first candidate, none chooses a first token, and the engine computes the rest.
+        To be called once, before the first `ask`. There may be no candidate, before it and after it.
+        """
+        ...
 
     async def ask(self, target: PushTarget, first_token: Callable[[int], None] | None = None) -> int:
         """Have the next candidate compute the prompt and push it to `target`.
@@ -117,6 +127,7 @@ class PrefillJob:
     timeout_s: float = 600.0
     sampling: Sampling | None = None  # how to choose the token after it
     first_token: Callable[[int], None] | None = None  # called with that token, long before the push has ended
+    only_held: bool = False  # a pull: to be refused ("not held", "busy") where it would mean more than a block's work
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +172,8 @@ class EngineLoad:
 
 class Engine(Protocol):
     """Lifecycle: `prepare`, `start` once, then anything, then `close` once. All but `prepare` run on one event loop."""
+
+    cost: PullCost  # told by the engine what computing takes, and by the worker what the other ways take
 
     def prepare(self) -> None:
         """The work that must precede the event loop, threads and sockets, since `start` may fork. Raises StartError."""

@@ -30,6 +30,7 @@ class WorkerMetrics:
         self._role = role
         self._requests = counter("requests", "Requests ended, by role and outcome", "role", "outcome")
         self.remote_prefills = counter("remote_prefills", "Remote prefill attempts, by outcome", "outcome")
+        self.pulls = counter("pulls", "Prefixes asked of other workers (in), and by them (out)", "direction", "outcome")
         self.prompts = counter("prompts", "Prompts, by how they were computed", "reason")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests")
         self.generated_tokens = counter("generated_tokens", "Tokens generated")

@@ -1,4 +1,4 @@
-"""Prefill requests of decode workers: compute, push, reply."""
+"""Prefill requests of decode workers, pulls among them: compute what is not here, push, reply."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dynamo_lite.errors import DynamoError, PlaneError, PrefillFailed
 from dynamo_lite.plane.wire import Cancel, FirstToken, PrefillReply, PrefillRequest, WireError, decode, encode
 from dynamo_lite.telemetry import AttributeValue, parent_context, traceparent, tracer
 from workers.engine import PrefillJob
+from workers.pulls import REFUSALS
 from workers.serving import InFlight, Serving
 
 log = logging.getLogger(__name__)
@@ -56,11 +57,17 @@ class Prefills:
         await asyncio.wait((task,))
         self.served += 1
         if not reply.done():
-            self._serving.metrics.ended("cancelled")
+            self._ended(request, "cancelled")
             return encode(PrefillReply(error=WireError.of(PrefillFailed("cancelled"))))
         found = reply.result()
-        self._serving.metrics.ended("ok" if found.error is None else "error")
+        self._ended(request, "ok" if found.error is None else "error")
         return encode(msgspec.structs.replace(found, seconds=time.monotonic() - started))
+
+    def _ended(self, request: PrefillRequest, outcome: str) -> None:
+        if request.only_held:
+            self._serving.metrics.pulls.labels("out", outcome).inc()
+        else:
+            self._serving.metrics.ended(outcome)
 
     def cancel(self, cancel: Cancel) -> bool:
         """False when no such request is here."""
@@ -81,6 +88,7 @@ class Prefills:
             "prompt_tokens": len(request.token_ids),
             "first_block": request.target.first_block,
             "blocks": request.target.num_blocks,
+            "pull": request.only_held,
         }
         context = parent_context(request.traceparent)
         with tracer().start_as_current_span("prefill", context, attributes=attributes) as span:
@@ -95,20 +103,25 @@ class Prefills:
             request.timeout_ms / 1000,
             request.sampling,
             partial(self._first_token, request) if request.sampling is not None else None,
+            request.only_held,
         )
         metrics = self._serving.metrics
         try:
             done = await self._serving.engine.prefill(job)
         except DynamoError as error:
             cause = error.cause if isinstance(error, PrefillFailed) else error.kind
-            log.warning("%s: %s", request.request_id, error)
-            metrics.failures.labels(cause).inc()
-            metrics.transfer_failures.labels("out", cause).inc()
+            if cause in REFUSALS:
+                log.info("%s: %s", request.request_id, error)
+            else:
+                log.warning("%s: %s", request.request_id, error)
+                metrics.failures.labels(cause).inc()
+                metrics.transfer_failures.labels("out", cause).inc()
             span.set_attribute("outcome", cause)
             return PrefillReply(error=WireError.of(error), traceparent=traceparent(span))
-        metrics.prompt_tokens.inc(len(request.token_ids))
         metrics.transferred("out", done.transfer)
-        metrics.hit_blocks.inc(done.cached_tokens // self._serving.block_size)
+        if not request.only_held:
+            metrics.prompt_tokens.inc(len(request.token_ids))
+            metrics.hit_blocks.inc(done.cached_tokens // self._serving.block_size)
         span.set_attribute("outcome", "ok")
         span.set_attribute("cached_tokens", done.cached_tokens)
         return PrefillReply(done.cached_tokens, traceparent=traceparent(span), first_token=done.first_token)

@@ -1,9 +1,10 @@
-"""A decode worker's remote prefills: candidates asked one after the other over NATS."""
+"""A decode worker's remote prefills and pulls: candidates asked one after the other over NATS."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from dynamo_lite.errors import DynamoError, NoResponders, PlaneError, PrefillFai
 from dynamo_lite.plane.bus import Bus
 from dynamo_lite.plane.wire import (
     Cancel,
+    Holder,
     Incarnation,
     PrefillReply,
     PrefillRequest,
@@ -24,8 +26,10 @@ from dynamo_lite.plane.wire import (
     encode,
 )
 from dynamo_lite.telemetry import AttributeValue, record_span
+from kvbm.policy import PullForecast
 from workers.engine import BACKEND, TransferReport
 from workers.metrics import WorkerMetrics
+from workers.pulls import REFUSALS, Pull, Pulls
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +39,9 @@ _CANCEL_DEADLINE_S = 1.0
 REMOTE = "remote"
 NO_CANDIDATES = "no candidates"
 PREFILL_FAILED = "prefill failed"
+PULLED = "pulled"
+PULL_FAILED = "pull failed"
+FASTER_HERE = "faster here"  # than pulling it
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,7 @@ class PrefillPlane:
     metrics: WorkerMetrics
     group: asyncio.TaskGroup
     silence_s: float  # longest silence of a prefill worker
+    pulls: Pulls
     first_tokens: dict[RequestId, Callable[[int], None]] = field(default_factory=dict)  # who waits for one
 
 
@@ -68,14 +76,44 @@ class CandidatePrefill:
     reply, as long as the candidate shows life. Only then has a failure another cause than "silent".
     """
 
-    def __init__(self, plane: PrefillPlane, prompt: Prompt, candidates: Sequence[Incarnation]) -> None:
+    def __init__(
+        self, plane: PrefillPlane, prompt: Prompt, candidates: Sequence[Incarnation], holder: Holder | None = None
+    ) -> None:
+        """`holder` becomes the first candidate if `plan` decides so."""
         self._plane, self._prompt = plane, prompt
         self._left = deque(candidates)
+        self._holder = holder
+        self._pull: Pull | None = None  # decided upon
+        self._end = len(prompt.token_ids)  # of what is asked for
+        self._began = 0.0  # when it was asked for; monotonic seconds
+        self._first_s: float | None = None  # how long the first token took from then on
+        self._tokens = 0  # asked for
         self._asked: Incarnation | None = None
         self._asking = False
         self._span = prompt.traceparent  # parent of the transfer's span: the prefill span once it is known
         self.reason = NO_CANDIDATES
         self.chose = False  # a candidate, the first token
+        self.forecast: PullForecast | None = None  # where pulling was considered
+
+    def plan(self, here: int) -> int:
+        if self._holder is None:
+            return self._end
+        pull = self._plane.pulls.weigh(self._holder.tokens, self._end, here, remote=self.more)
+        if pull is None:
+            return self._end
+        self.forecast = pull.forecast
+        if pull.chosen:
+            self._pull, self._end = pull, pull.tokens
+            others = [candidate for candidate in self._left if candidate != self._holder.incarnation]
+            self._left = deque([self._holder.incarnation, *others])
+        elif not self.more:
+            self.reason = FASTER_HERE
+        return self._end
+
+    @property
+    def _pulling(self) -> bool:
+        """Whether it is the holder that was asked last."""
+        return self._pull is not None and self._holder is not None and self._asked == self._holder.incarnation
 
     @property
     def more(self) -> bool:
@@ -87,7 +125,8 @@ class CandidatePrefill:
 
     async def ask(self, target: PushTarget, first_token: Callable[[int], None] | None = None) -> int:
         worker = self._asked = self._left.popleft()
-        self.reason = PREFILL_FAILED  # until it succeeds
+        self._began, self._tokens = time.monotonic(), target.tokens
+        self.reason = PULL_FAILED if self._pulling else PREFILL_FAILED  # until it succeeds
         outcome, self._asking = "cancelled", True
         if first_token is not None:
             first_token = partial(self._heard, first_token)
@@ -97,24 +136,37 @@ class CandidatePrefill:
             outcome = "ok"
         except PrefillFailed as error:
             outcome = error.cause
-            log.warning("%s: prefill worker %s: %s", self._prompt.request_id, worker, error)
+            level = logging.INFO if outcome in REFUSALS else logging.WARNING
+            log.log(level, "%s: prefill worker %s: %s", self._prompt.request_id, worker, error)
             raise
         finally:
             self._asking = False
             self._plane.first_tokens.pop(self._prompt.request_id, None)
-            self._plane.metrics.remote_prefills.labels(outcome).inc()
-            if outcome not in ("ok", "cancelled"):
-                self._plane.metrics.transfer_failures.labels("in", outcome).inc()
+            self._count(outcome)
             if outcome in ("silent", "cancelled"):
                 await self._cancel(worker)  # one that is only frozen drops the request when it wakes up
         if first_token is not None and reply.first_token is not None:
             first_token(reply.first_token)
-        self.reason = REMOTE
+        self.reason = PULLED if self._pulling else REMOTE
         self._span = reply.traceparent or self._span
         return reply.cached_tokens
 
+    def _count(self, outcome: str) -> None:
+        """How one candidate's attempt went."""
+        metrics = self._plane.metrics
+        if self._pulling:
+            metrics.pulls.labels("in", outcome).inc()
+            if outcome in ("deadline", "silent"):
+                self._plane.pulls.cost.pull_failed(time.monotonic() - self._began)
+        else:
+            metrics.remote_prefills.labels(outcome).inc()
+        if outcome not in ("ok", "cancelled", *REFUSALS):
+            metrics.transfer_failures.labels("in", outcome).inc()
+
     def _heard(self, first_token: Callable[[int], None], token_id: int) -> None:
         self.chose = True
+        if self._first_s is None:
+            self._first_s = time.monotonic() - self._began
         first_token(token_id)
 
     def stop(self) -> None:
@@ -126,11 +178,12 @@ class CandidatePrefill:
         self.reason = reason
 
     def failed(self, cause: str) -> None:
-        self.reason = PREFILL_FAILED
+        self.reason = PULL_FAILED if self._pulling else PREFILL_FAILED
         self._plane.metrics.transfer_failures.labels("in", cause).inc()
 
     def transferred(self, report: TransferReport) -> None:
         self._plane.metrics.transferred("in", report)
+        self._measured(report)
         attributes: dict[str, AttributeValue] = {
             "bytes": report.bytes,
             "blocks": report.blocks,
@@ -141,12 +194,22 @@ class CandidatePrefill:
         }
         record_span("kv.transfer", self._span, report.started_ns, report.ended_ns, attributes)
 
+    def _measured(self, report: TransferReport) -> None:
+        """For later decisions: what this way has taken."""
+        cost, seconds = self._plane.pulls.cost, time.monotonic() - self._began
+        if self._pulling:
+            cost.pulled(report.bytes, seconds, (report.ended_ns - report.started_ns) / 1e9)
+        else:  # where the candidate chose the first token, the client had it before the KV was here
+            cost.prefilled(self._tokens, seconds if self._first_s is None else self._first_s)
+
     async def _call(self, worker: Incarnation, target: PushTarget, wants_token: bool) -> PrefillReply:
         """The reply of one candidate; every failure is a PrefillFailed."""
         plane = self._plane
         left_s = self._prompt.deadline - asyncio.get_running_loop().time()
         if left_s <= 0:
             raise PrefillFailed("deadline", "the request's time is up")
+        if self._pulling and self._pull is not None and self._pull.patience_s is not None:
+            left_s = min(left_s, self._pull.patience_s)
         try:
             data = await plane.bus.call(
                 plane.subjects.prefill(worker),
@@ -174,12 +237,13 @@ class CandidatePrefill:
         prompt = self._prompt
         return PrefillRequest(
             prompt.request_id,
-            prompt.token_ids,
+            prompt.token_ids[: self._end],
             target,
             prompt.cache_salt,
             max(1, int(left_s * 1000)),
             prompt.traceparent,
             prompt.sampling if wants_token else None,
+            only_held=self._pulling,
         )
 
     async def _cancel(self, worker: Incarnation) -> None:

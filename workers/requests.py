@@ -15,7 +15,8 @@ from dynamo_lite.plane.bus import Message
 from dynamo_lite.plane.wire import Cancel, Delta, FirstToken, FrontendId, GenerateRequest, RequestId, WireError, decode
 from dynamo_lite.telemetry import AttributeValue, parent_context, traceparent, tracer
 from workers.deltas import DeltaSender
-from workers.engine import Job, Output
+from workers.engine import Job, Output, RemotePrefill
+from workers.pulls import Pulls
 from workers.remote import NO_CANDIDATES, CandidatePrefill, PrefillPlane, Prompt
 from workers.serving import InFlight, Serving
 
@@ -35,6 +36,7 @@ class _Request:
     first_token: asyncio.Event = field(default_factory=asyncio.Event)  # of sequence 0, or its end
     error: DynamoError | None = None  # what ended it; None: its client cancelled
     reason: str = NO_CANDIDATES  # how sequence 0's prompt was computed
+    predicted: dict[str, AttributeValue] = field(default_factory=dict)  # of sequence 0, where pulling was considered
     chosen_by: str = "decode"  # who chose sequence 0's first token: a "prefill" or this worker
     cached_tokens: int = 0  # of sequence 0
     generated: int = 0
@@ -44,9 +46,11 @@ class _Request:
 class Requests:
     """Everything this worker generates."""
 
-    def __init__(self, serving: Serving, deltas: DeltaSender, silence_s: float) -> None:
+    def __init__(self, serving: Serving, deltas: DeltaSender, pulls: Pulls) -> None:
         self._serving, self._deltas = serving, deltas
-        self._plane = PrefillPlane(serving.bus, serving.subjects, serving.metrics, serving.group, silence_s)
+        self._plane = PrefillPlane(
+            serving.bus, serving.subjects, serving.metrics, serving.group, pulls.silence_s, pulls
+        )
         self._requests: dict[RequestId, _Request] = {}
         self.in_flight = InFlight(serving.changed)
 
@@ -184,6 +188,7 @@ class Requests:
         metrics.prompt_tokens.inc(len(state.wire.token_ids))
         metrics.generated_tokens.inc(state.generated)
         span.set_attribute("reason", state.reason)
+        span.set_attributes(state.predicted)
         span.set_attribute("first_token", state.chosen_by)
         span.set_attribute("cached_tokens", state.cached_tokens)
         span.set_attribute("generated_tokens", state.generated)
@@ -228,6 +233,7 @@ class Requests:
             self._serving.metrics.prompts.labels(reason).inc()
             if index == 0:
                 state.reason = reason
+                state.predicted = _predicted(remote)
                 state.chosen_by = "prefill" if isinstance(remote, CandidatePrefill) and remote.chose else "decode"
 
     def _job(self, state: _Request, index: int) -> Job:
@@ -237,9 +243,9 @@ class Requests:
             sampling = msgspec.structs.replace(sampling, seed=sampling.seed + index)
         job_id = request.request_id if request.n == 1 else RequestId(f"{request.request_id}-{index}")
         remote = None
-        if request.prefill:
+        if request.prefill or request.holder is not None:
             prompt = Prompt(job_id, request.token_ids, request.cache_salt, state.traceparent, state.deadline, sampling)
-            remote = CandidatePrefill(self._plane, prompt, request.prefill)
+            remote = CandidatePrefill(self._plane, prompt, request.prefill, request.holder)
         trace = {"traceparent": state.traceparent} if state.traceparent else {}
         return Job(job_id, request.token_ids, sampling, request.cache_salt, remote, trace, alone=request.n == 1)
 
@@ -264,3 +270,12 @@ class Requests:
         self._deltas.send(state.wire.frontend, delta)
         if index == 0:
             state.first_token.set()
+
+
+def _predicted(remote: RemotePrefill | None) -> dict[str, AttributeValue]:
+    """Seconds until the prompt is here, by each way there was a prediction for."""
+    forecast = remote.forecast if isinstance(remote, CandidatePrefill) else None
+    if forecast is None:
+        return {}
+    ways = {"pull": forecast.pull_s, "compute": forecast.compute_s, "remote": forecast.remote_s}
+    return {f"predicted_{way}_s": seconds for way, seconds in ways.items() if seconds is not None}

@@ -18,6 +18,7 @@ from workers.deltas import DeltaSender
 from workers.engine import Engine, EngineInfo
 from workers.metrics import WorkerMetrics
 from workers.prefills import Prefills
+from workers.pulls import Pulls
 from workers.reports import Reports
 from workers.requests import Requests
 from workers.serving import Serving
@@ -47,12 +48,15 @@ def instance_record(spec: ProcessSpec, incarnation: Incarnation, info: EngineInf
     )
 
 
-def exchanges_kv(one: InstanceRecord, other: InstanceRecord) -> bool:
-    """Whether one of them may push a prompt's KV to the other; routers pair no others."""
-    if {one.role, other.role} != {Role.PREFILL, Role.DECODE}:
+def exchanges_kv(one: InstanceRecord, other: InstanceRecord, *, pulls: bool = True) -> bool:
+    """Whether one of them may push a prompt's KV to the other; routers pair no others.
+
+    `pulls`: also what it holds for others, and not only what a prefill worker computes for a decode worker.
+    """
+    if not pulls and {one.role, other.role} != {Role.PREFILL, Role.DECODE}:
         return False
-    prefill, decode = (one, other) if one.role is Role.PREFILL else (other, one)
-    return decode.fingerprint.problem_with(prefill.fingerprint) is None
+    pairs = ((one, other), (other, one))
+    return any(to.role.decodes and to.fingerprint.problem_with(of.fingerprint) is None for to, of in pairs)
 
 
 class Service:
@@ -82,7 +86,16 @@ class Service:
             group,
             self._reports.changed,
         )
-        self._requests = Requests(self._serving, self._deltas, spec.config.kv_transfer.timeout_ms / 1000)
+        transfer, fingerprint = spec.config.kv_transfer, record.fingerprint
+        self._pulls = Pulls(
+            transfer.pull,
+            transfer.min_remote_tokens,
+            fingerprint.block_size,
+            fingerprint.block_bytes * fingerprint.layout.tensor_parallel,
+            transfer.timeout_ms / 1000,
+            engine.cost,
+        )
+        self._requests = Requests(self._serving, self._deltas, self._pulls)
         self._prefills = Prefills(self._serving)
         self._reports.prefills = lambda: self._prefills.served
         self._intake: list[Subscription] = []  # subjects that bring new work
@@ -116,8 +129,8 @@ class Service:
             await bus.subscribe(subjects.bounced(me), self._requests.bounced)
             await bus.subscribe(subjects.first_token(me), self._requests.first_token)
             self._intake.append(await bus.subscribe(subjects.generate(me), self._requests.receive))
-        if self._record.role is not Role.DECODE:
-            self._intake.append(await bus.serve(subjects.prefill(me), self._prefills.answer, self._group))
+        # Of every role, as others may pull a prefix that is here.
+        self._intake.append(await bus.serve(subjects.prefill(me), self._prefills.answer, self._group))
 
     async def _served(self, stop: asyncio.Event) -> str | None:
         """Until SIGTERM (None), or until the engine dies (why)."""
@@ -172,7 +185,8 @@ class Service:
             self._serving.early_cancels.add(cancel)
 
     def _heed(self, added: InstanceRecord | None, removed: InstanceRecord | None) -> None:
-        if added is not None and exchanges_kv(added, self._record):
+        pulls = self._pulls.mode != "never"
+        if added is not None and exchanges_kv(added, self._record, pulls=pulls):
             self._engine.meet(added.incarnation, added.agents)
         if removed is not None and added is None:
             self._engine.peer_gone(removed.incarnation)

@@ -16,7 +16,9 @@ from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerEr
 from dynamo_lite.plane.layout import KvLayout
 from dynamo_lite.plane.wire import Fingerprint, Incarnation, PushTarget, Role, Sampling
 from kvbm.events import KvEvent, Tier
+from kvbm.hashing import block_hashes
 from kvbm.ledger import BlockLedger
+from kvbm.policy import PullCost
 from kvbm.pool import BlockPool
 from workers.engine import EngineInfo, EngineLoad, Job, Output, Prefilled, PrefillJob, RemotePrefill, TransferReport
 from workers.metrics import SimMetrics
@@ -47,6 +49,7 @@ class SimEngine:
         self._max_num_seqs = group.max_num_seqs if group else 64
         self._scheduler = Scheduler(self._pool, self._block_size, self._max_num_seqs, sim.max_num_batched_tokens)
         self._pace = Pace(sim)
+        self.cost = PullCost()
         self._inboxes: dict[Sequence, Inbox] = {}
         self._holds: dict[str, int] = {}
         self._work = asyncio.Event()
@@ -145,6 +148,8 @@ class SimEngine:
         end = job.target.first_token + job.target.tokens
         if end != len(job.token_ids):
             raise PrefillFailed("mismatch", f"the target ends after {end} tokens, the prompt elsewhere")
+        if job.only_held:
+            self._require_held(job)
         try:
             async with asyncio.timeout(job.timeout_s):
                 with self._enrolled(sequence) as inbox:
@@ -162,6 +167,16 @@ class SimEngine:
             raise PrefillFailed("refused", str(error)) from error
         except WorkerError as error:
             raise PrefillFailed("engine", str(error)) from error
+
+    def _require_held(self, job: PrefillJob) -> None:
+        """Raises PrefillFailed where it would take more than a block's work, or a wait."""
+        if self._scheduler.waiting:
+            raise PrefillFailed("busy")
+        most = (len(job.token_ids) - 1) // self._block_size  # the last token is computed in any case
+        hashes = block_hashes(job.token_ids, self._block_size, job.cache_salt)[:most]
+        held = len(self._pool.match(hashes))
+        if held < most:
+            raise PrefillFailed("not held", f"{held} of {most} blocks are here")
 
     def meet(self, incarnation: str, agents: tuple[bytes, ...]) -> None:
         """Nothing is ever connected here."""
@@ -229,20 +244,24 @@ class SimEngine:
     # -- remote prefill
 
     def _worth_asking(self, sequence: Sequence, cached: int, remote: RemotePrefill) -> bool:
-        if sequence.prompt_len - cached < self._spec.config.kv_transfer.min_remote_tokens:
+        if not sequence.fetch_end:
+            sequence.fetch_end = remote.plan(cached)
+        if not remote.more:
+            return False
+        if sequence.fetch_end - cached < self._spec.config.kv_transfer.min_remote_tokens:
             remote.skipped("prefix hit" if cached else "short")
             return False
-        return remote.more
+        return True
 
     async def _fetch(self, sequence: Sequence, remote: RemotePrefill) -> int:
-        """Have the prompt computed elsewhere; returns the tokens received, none when every candidate failed."""
-        cached = sequence.cached or 0
+        """Have the prompt, or its prefix, from elsewhere; returns the tokens received, none when that failed."""
+        cached, end = sequence.cached or 0, sequence.fetch_end
         first = cached // self._block_size
-        blocks = len(sequence.blocks) - first
+        blocks = -(-end // self._block_size) - first
         size, start = blocks * self._layout.block_bytes, first * self._block_size
         with self._held("receive", blocks):
             while remote.more:
-                attempt, tokens = secrets.randbits(64), sequence.prompt_len - start
+                attempt, tokens = secrets.randbits(64), end - start
                 target = PushTarget(attempt, self._incarnation, self._layout, start, tokens, ())
                 try:
                     await remote.ask(target)
@@ -252,8 +271,9 @@ class SimEngine:
                 ended = time.time_ns()
                 started = ended - int(self._pace.transfer_s(blocks) * 1e9)
                 remote.transferred(TransferReport(size, blocks, 1, BACKEND, started, ended))
-                self._resume(sequence, sequence.prompt_len - 1)
-                return sequence.prompt_len - 1 - cached
+                received = min(end, sequence.prompt_len - 1)
+                self._resume(sequence, received)
+                return received - cached
         self._resume(sequence, cached)
         return 0
 
@@ -286,7 +306,9 @@ class SimEngine:
             for sequence in step.fetches:
                 self._inboxes[sequence].put_nowait(None)
             if step.tokens:
+                begun = time.monotonic()
                 await self._pace.step(step.prefill_tokens, step.decoding)
+                self.cost.computed(step.prefill_tokens, time.monotonic() - begun)
                 for sequence, output in self._scheduler.finish(step):
                     self._inboxes[sequence].put_nowait(output)
             self._publish(step)

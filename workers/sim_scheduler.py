@@ -29,6 +29,7 @@ class Sequence:
     sampler: Sampler | None = None
     cache_salt: str | None = None
     fetch: Callable[[int], bool] | None = None  # given the cached tokens: shall another worker compute the rest?
+    fetch_end: int = 0  # up to which token it does; 0: not decided
     prompt_len: int = 0
     computed: int = 0  # tokens whose KV is in `blocks`
     cached: int | None = None  # prompt tokens found in the pool when first admitted

@@ -12,7 +12,6 @@ import os
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -28,11 +27,12 @@ from dynamo_lite.plane.wire import Fingerprint, Incarnation, Role, Sampling
 from dynamo_lite.tasks import background, scope
 from kvbm.errors import TierRefused
 from kvbm.events import KvEvent, Tier
+from kvbm.policy import PullCost
 from workers.connector.channel import WorkerEnd
 from workers.connector.protocol import (
     FIRST,
-    IN_FLIGHT,
     PREPARED,
+    PULL,
     PUSH,
     REMOTE,
     REQUEST_ID,
@@ -53,14 +53,13 @@ from workers.connector.protocol import (
     Report,
     Skipped,
     SlotsWanted,
-    StopPush,
-    failure,
     new_transfer_id,
 )
-from workers.engine import EngineInfo, EngineLoad, Job, Output, Prefilled, PrefillJob, RemotePrefill, TransferReport
+from workers.engine import EngineInfo, EngineLoad, Job, Output, Prefilled, PrefillJob, RemotePrefill
 from workers.first_token import may_be_chosen_elsewhere, results_after
 from workers.kv_feed import KvFeed
 from workers.pulse import Pulse
+from workers.pushes import Pushes
 from workers.receives import Receive, Receives
 from workers.tiers.onboarding import Onboarding
 from workers.tiers.place import place_of
@@ -74,14 +73,6 @@ log = logging.getLogger(__name__)
 _HELLO_TIMEOUT_S = 30.0
 _FROZEN_PATIENCE = 10  # times the transfer's timeout, until a silent engine is ended and started again
 _DEATH_POLL_S = 0.2
-
-
-@dataclass(slots=True)
-class Push:
-    """A prompt being computed for a decode worker: which ranks have ended, and how."""
-
-    ends: dict[int, PushEnded] = field(default_factory=dict)
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class VllmEngine:
@@ -100,12 +91,14 @@ class VllmEngine:
         self._hello = asyncio.Event()
         self._holds: dict[int, Holds] = {}
         self._peers: dict[int, dict[str, int]] = {}
-        self._pushes: dict[str, Push] = {}
         self._stack = AsyncExitStack()
         self._llm: AsyncLLM | None = None
         self._feed: KvFeed | None = None
         self._receives: Receives | None = None
         self._pulse = Pulse(range(-1, self._ranks), lambda: self._channel.command(Probe()), self._timeout_s)
+        self._pushes = Pushes(self._ranks, self._channel.command, self._pulse, self._timeout_s)
+        self.cost = PullCost()
+        self._stats.prefilled = self._computed
         self._blocks = self._block_bytes = 0
         self._tiers: Tiers | None = None
         self._arena = ""
@@ -118,7 +111,6 @@ class VllmEngine:
             if self._spec.config.kv_tiers.host is not None:
                 self._tiers = Tiers(self._spec.config.kv_tiers)
                 self._arena = self._tiers.memory.path
-                self._stats.prefilled = self._tiers.cost.computed
             config = arguments(
                 self._spec, self._role, self._workers, self._incarnation, self._channel, self._arena
             ).create_engine_config()
@@ -206,6 +198,12 @@ class VllmEngine:
             await self._tiers.close()
         self._channel.close()
 
+    def _computed(self, tokens: int, seconds: float) -> None:
+        """What a prompt has taken."""
+        self.cost.computed(tokens, seconds)
+        if self._tiers is not None:
+            self._tiers.cost.computed(tokens, seconds)
+
     @property
     def _engine(self) -> AsyncLLM:
         assert self._llm is not None, "the engine was not prepared"
@@ -228,10 +226,7 @@ class VllmEngine:
             case Peers():
                 self._peers[report.rank] = report.workers
             case PushEnded():
-                push = self._pushes.get(report.request_id)
-                if push is not None:
-                    push.ends[report.rank] = report
-                    push.changed.set()
+                self._pushes.handle(report)
             case Skipped() | ReceivePlanned() | ReceiveOpened() | ReceiveEnded():
                 assert self._receives is not None, "a receive was opened before the engine was started"
                 self._receives.handle(report)
@@ -308,62 +303,54 @@ class VllmEngine:
         assert self._feed is not None
         return self._feed.local_blocks(job.token_ids, self._config.cache_config.block_size, job.cache_salt)
 
-    def _expect(self, job: Job, remote: RemotePrefill, onboarding: Onboarding | None) -> tuple[Receive, dict[str, Any]]:
-        """A receive for the job, and what the connector is to know of it."""
+    def _expect(
+        self, job: Job, remote: RemotePrefill, onboarding: Onboarding | None
+    ) -> tuple[Receive | None, dict[str, Any]]:
+        """A receive for the job, unless nobody can be asked, and what the connector is to know of it."""
         assert self._receives is not None
+        here = self._local_blocks(job) if onboarding is None else onboarding.end
+        end = remote.plan(here * self._config.cache_config.block_size)
+        if not remote.more:
+            return None, {}
         room = len(job.token_ids) + 1 < self._config.model_config.max_model_len  # for a second token
-        early = job.alone and room and may_be_chosen_elsewhere(job.sampling)
-        prepare = self._prepare(job, onboarding) if remote.more else None
+        pulled = end < len(job.token_ids)
+        early = job.alone and room and not pulled and may_be_chosen_elsewhere(job.sampling)
+        prepare = self._prepare(job, here, end)
         receive = self._receives.expect(job.request_id, remote, first_token=early, prepare=prepare)
         params: dict[str, Any] = {REQUEST_ID: job.request_id, REMOTE: True, FIRST: early}
+        if pulled:
+            params[PULL] = end
         if prepare is not None:
             params[PREPARED] = (prepare.transfer_id, prepare.first_block)
         return receive, params
 
-    def _prepare(self, job: Job, onboarding: Onboarding | None) -> Prepare | None:
-        """What a prefill worker is to be asked for before the engine plans the prompt, a step or two from now.
+    def _prepare(self, job: Job, here: int, end: int) -> Prepare | None:
+        """What another worker is to be asked for before the engine plans the prompt, a step or two from now.
 
-        None where it will not plan it then, for want of room, or where there is too little to ask for.
+        `here`: blocks of the prompt that need not be. `end`: in tokens of it. None where the engine will not plan it
+        then, for want of room, or where there is too little to ask for.
         """
         assert self._receives is not None
         least = self._spec.config.kv_transfer.min_remote_tokens
-        if len(job.token_ids) < least:
-            return None
         stats, size = self._stats, self._config.cache_config.block_size
+        tokens = end - here * size
+        if tokens < least:
+            return None
         ahead = self._receives.unplanned
         room = not stats.waiting and stats.running + ahead < self._workers.max_num_seqs
         needed = (ahead + 1) * -(-len(job.token_ids) // size)  # as if those before it were as long
         if not room or needed > (1 - stats.kv_usage) * self._blocks:
             return None
-        local = self._local_blocks(job) if onboarding is None else onboarding.end
-        tokens = len(job.token_ids) - local * size
-        if tokens < least:
-            return None
-        return Prepare(job.request_id, new_transfer_id(), local, tokens)
+        return Prepare(job.request_id, new_transfer_id(), here, tokens)
 
     # ---- prefill ----
 
     async def prefill(self, job: PrefillJob) -> Prefilled:
-        push = self._pushes[job.request_id] = Push()
-        cached, first_token = 0, None
-        sampling = msgspec.structs.replace(job.sampling or Sampling(1, 0.0), max_tokens=1, seed=None)
+        onboarding = self._onboard(job)
         try:
-            async with asyncio.timeout(job.timeout_s), self._pulse.required():
-                params = {REQUEST_ID: job.request_id, PUSH: msgspec.msgpack.encode(job.target)}
-                onboarding = self._onboard(job)
-                if onboarding is not None:
-                    params |= onboarding.params
-                async for result in self._engine.generate(
-                    tokens_input(job.token_ids, cache_salt=job.cache_salt),
-                    sampling_params(sampling, params),
-                    job.request_id,
-                ):
-                    self._onboarded(job.request_id)
-                    cached = result.num_cached_tokens or 0
-                    if job.first_token is not None and result.outputs[0].token_ids:
-                        first_token = result.outputs[0].token_ids[0]
-                        job.first_token(first_token)
-                await self._pushed(push)
+            if job.only_held:
+                self._require_held(job, onboarding)
+            return await self._push(job, onboarding)
         except TimeoutError as error:
             raise PrefillFailed("deadline") from error
         except EngineDeadError as error:
@@ -372,32 +359,40 @@ class VllmEngine:
             raise PrefillFailed("refused", str(error)) from error
         finally:
             self._onboarded(job.request_id)
-            if len(push.ends) < self._ranks:
-                await self._stop(job.request_id, push)
-            self._pushes.pop(job.request_id, None)
-        cause = failure(push.ends.values())
-        if cause:
-            raise PrefillFailed(cause)
-        return Prefilled(cached, _summary(job.target.num_blocks, list(push.ends.values())), first_token)
 
-    async def _pushed(self, push: Push) -> None:
-        """Until every rank has ended."""
-        while len(push.ends) < self._ranks:
-            await push.changed.wait()
-            push.changed.clear()
+    def _require_held(self, job: PrefillJob, onboarding: Onboarding | None) -> None:
+        """Raises PrefillFailed where it would take more than a block's work, or a wait."""
+        if self._stats.waiting or self._stats.running >= self._workers.max_num_seqs:
+            raise PrefillFailed("busy")
+        held = self._local_blocks(job) if onboarding is None else onboarding.end
+        most = (len(job.token_ids) - 1) // self._config.cache_config.block_size  # as at least a token is computed
+        if held < most:
+            raise PrefillFailed("not held", f"{held} of {most} blocks are here")
 
-    async def _stop(self, request_id: str, push: Push) -> None:
-        """End a push early, and return once no rank writes any more: the caller may then say so."""
-        if self._engine.errored:
-            return  # its processes, which did the writing, are gone
-        self._channel.command(StopPush(request_id))
-        try:
-            async with asyncio.timeout(self._timeout_s), self._pulse.required():
-                await self._pushed(push)
-        except TimeoutError:
-            raise PrefillFailed("silent", "the transfer engine does not answer") from None
-        if failure(push.ends.values()) == IN_FLIGHT:
-            raise PrefillFailed(IN_FLIGHT)
+    async def _push(self, job: PrefillJob, onboarding: Onboarding | None) -> Prefilled:
+        cached, first_token = 0, None
+        sampling = msgspec.structs.replace(job.sampling or Sampling(1, 0.0), max_tokens=1, seed=None)
+        params = {REQUEST_ID: job.request_id, PUSH: msgspec.msgpack.encode(job.target)}
+        if onboarding is not None:
+            params |= onboarding.params
+        with self._pushes.expected(job.request_id) as push:
+            try:
+                async with asyncio.timeout(job.timeout_s), self._pulse.required():
+                    async for result in self._engine.generate(
+                        tokens_input(job.token_ids, cache_salt=job.cache_salt),
+                        sampling_params(sampling, params),
+                        job.request_id,
+                    ):
+                        self._onboarded(job.request_id)
+                        cached = result.num_cached_tokens or 0
+                        if job.first_token is not None and result.outputs[0].token_ids:
+                            first_token = result.outputs[0].token_ids[0]
+                            job.first_token(first_token)
+                    await self._pushes.ended(push)
+            finally:
+                if not self._engine.errored:  # else its processes, which did the writing, are gone
+                    await self._pushes.stop(push)
+            return Prefilled(cached, push.report(job.target.num_blocks), first_token)
 
     def meet(self, incarnation: str, agents: tuple[bytes, ...]) -> None:
         self._channel.command(Meet(incarnation, agents))
@@ -433,16 +428,3 @@ class VllmEngine:
             stats.running, stats.waiting, used, self._blocks, held, held_bytes, staged, peers,
             self._tiers.load() if self._tiers is not None else (),
         )  # fmt: skip
-
-
-def _summary(blocks: int, ends: list[PushEnded]) -> TransferReport:
-    """Of all ranks that had something to send."""
-    ends = [end for end in ends if end.pieces]
-    return TransferReport(
-        bytes=sum(end.bytes for end in ends),
-        blocks=blocks,
-        pieces=sum(end.pieces for end in ends),
-        path=ends[0].path,
-        started_ns=min(end.started_ns for end in ends),
-        ended_ns=max(end.ended_ns for end in ends),
-    )

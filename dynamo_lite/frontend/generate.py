@@ -165,6 +165,7 @@ class Call:
             timeout_ms=max(1, int(left_s * 1000)),
             traceparent=self._traceparent,
             route_reason=placement.reason,
+            holder=placement.holder,
         )
         await self._backend.send(flight, request)
 
@@ -330,5 +331,8 @@ def _describe(placement: Placement, span: trace.Span) -> None:
     span.set_attribute("dynamo.route.reason", placement.reason)
     span.set_attribute("dynamo.route.overlap_blocks", placement.overlap_blocks)
     span.set_attribute("dynamo.route.prefill_candidates", [record.name for record in placement.prefill])
+    if placement.holder is not None:
+        span.set_attribute("dynamo.route.holder", placement.holder.incarnation)
+        span.set_attribute("dynamo.route.holder_tokens", placement.holder.tokens)
     for worker, score in placement.scores.items():
         span.set_attribute(f"dynamo.route.cost.{worker}", score)

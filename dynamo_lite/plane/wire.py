@@ -98,6 +98,13 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     logit_bias: dict[int, float] | None = None
 
 
+class Holder(msgspec.Struct, frozen=True):
+    """A worker, of any role, that holds more of a prompt than the one that it was placed on."""
+
+    incarnation: Incarnation
+    tokens: int  # of the prompt's prefix: whole blocks of the holder's, on its device or in a tier
+
+
 class GenerateRequest(msgspec.Struct, frozen=True):
     """Frontend → decode worker. The worker owns the request from here on."""
 
@@ -111,6 +118,7 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     timeout_ms: int = 600_000  # of the whole request
     traceparent: str = ""
     route_reason: str = ""
+    holder: Holder | None = None  # of whom the prefix may be pulled
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -195,7 +203,7 @@ class PushTarget(msgspec.Struct, frozen=True):
     decode: Incarnation
     layout: KvLayout  # of the decode worker
     first_token: int  # of the prompt, at the start of a block of `layout`; what is before it is there already
-    tokens: int  # to push: from there to the prompt's end
+    tokens: int  # to push: from there to the end of the `PrefillRequest`'s prompt
     ranks: tuple[RankTarget, ...]  # all of the decode worker's; none with the sim engine
 
     @property
@@ -210,7 +218,7 @@ class PushTarget(msgspec.Struct, frozen=True):
 
 
 class PrefillRequest(msgspec.Struct, frozen=True):
-    """Decode worker → prefill worker: compute this prompt's KV and push it to the target."""
+    """Decode worker → prefill worker, or holder of a prefix: compute what it lacks of this prompt's KV, and push it."""
 
     request_id: RequestId
     token_ids: list[int]
@@ -219,6 +227,7 @@ class PrefillRequest(msgspec.Struct, frozen=True):
     timeout_ms: int = 600_000
     traceparent: str = ""
     sampling: Sampling | None = None  # how to choose the first token, if the decode worker wants it
+    only_held: bool = False  # a pull: of use only if the worker has all of it but for one block of its own
 
 
 class FirstToken(msgspec.Struct, frozen=True):

@@ -63,7 +63,14 @@ class Roster:
 
     def prefillers(self, decode: Instance) -> list[Instance]:
         """Prefill workers that can push KV to this decode worker, least loaded first."""
-        fitting = [each for each in self.usable([Role.PREFILL]) if self._compatible(decode.record, each.record)]
+        return self._fitting(decode, [Role.PREFILL])
+
+    def holders(self, decode: Instance) -> list[Instance]:
+        """Other workers, of any role, that can push KV to this decode worker, least loaded first."""
+        return [each for each in self._fitting(decode, tuple(Role)) if each is not decode]
+
+    def _fitting(self, decode: Instance, roles: Collection[Role]) -> list[Instance]:
+        fitting = [each for each in self.usable(roles) if self._compatible(decode.record, each.record)]
         return sorted(fitting, key=lambda each: each.load.busy_blocks)
 
     async def until(self, holds: Callable[[], bool]) -> None:

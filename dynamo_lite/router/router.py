@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from dynamo_lite import config
 from dynamo_lite.errors import NoInstance
-from dynamo_lite.plane.wire import Incarnation, InstanceRecord, Role
+from dynamo_lite.plane.wire import Holder, Incarnation, InstanceRecord, Role
 from dynamo_lite.router import metrics
 from dynamo_lite.router.cost import Candidate, cheapest, reason, score
 from dynamo_lite.router.load import Booking
@@ -27,6 +27,7 @@ class Placement:
     prompt_blocks: int
     reason: str
     scores: dict[str, float]  # by worker name, lower is better
+    holder: Holder | None  # has more of the prompt than the decode worker
     _decode: Instance
     _prefill: Instance | None
     _computing: list[Booking] = field(default_factory=list)
@@ -77,7 +78,7 @@ class Router:
         instances = [each for each in usable if each.record.incarnation not in exclude]
         if not instances:
             raise NoInstance("decode", len(exclude))
-        overlaps = self._overlaps(instances, token_ids, cache_salt)
+        overlaps = self._overlaps(self._roster.usable(tuple(Role)), token_ids, cache_salt)
         candidates = []
         for each in instances:
             blocks = -(-len(token_ids) // each.record.fingerprint.block_size)
@@ -87,6 +88,7 @@ class Router:
         chosen = cheapest(scores, self._turn)
         self._turn += 1
         prefill = self._prefill_candidates(instances[chosen], exclude)
+        holder = self._holder(instances[chosen], overlaps, exclude)
         winner = candidates[chosen]
         metrics.PLACED.labels(winner.name).inc()
         metrics.PROMPT_BLOCKS.inc(winner.prompt_blocks)
@@ -97,6 +99,7 @@ class Router:
             prompt_blocks=winner.prompt_blocks,
             reason=reason(candidates, chosen, self._weights),
             scores={candidate.name: value for candidate, value in zip(candidates, scores, strict=True)},
+            holder=holder,
             _decode=instances[chosen],
             _prefill=prefill[0] if prefill else None,
         )
@@ -124,6 +127,23 @@ class Router:
                     overlap = min(depths.get(incarnation, 0), longest)
                     overlaps[incarnation] = overlap, max(0, overlap - on_device.get(incarnation, 0))
         return overlaps
+
+    def _holder(
+        self, decode: Instance, overlaps: dict[str, tuple[int, int]], exclude: Collection[Incarnation]
+    ) -> Holder | None:
+        """Who has the longest prefix, if that is longer than the decode worker's.
+
+        Of several, one that has more of it on its device goes before others, and then one that is less busy.
+        """
+        mine = overlaps.get(decode.record.incarnation, (0, 0))[0] * _block_size(decode)
+        found: list[tuple[int, int, Incarnation]] = []
+        for each in self._roster.holders(decode) if overlaps else ():
+            incarnation, size = each.record.incarnation, _block_size(each)
+            blocks, in_tiers = overlaps.get(incarnation, (0, 0))
+            if blocks * size > mine and incarnation not in exclude:
+                found.append((blocks * size, -in_tiers * size, incarnation))
+        best = max(found, key=lambda each: each[:2], default=None)  # the first of equal ones
+        return None if best is None else Holder(best[2], best[0])
 
     def _prefill_candidates(self, decode: Instance, exclude: Collection[Incarnation]) -> list[Instance]:
         if decode.record.role is Role.BOTH:

@@ -23,6 +23,7 @@ REQUEST_ID = "dynamo_lite.request_id"
 REMOTE = "dynamo_lite.remote"  # decode: a remote prefill may be asked for
 FIRST = "dynamo_lite.first"  # decode: the prefill worker is asked for the first token too
 PREPARED = "dynamo_lite.prepared"  # decode: (transfer id, first block) of the `Prepare` that goes before it
+PULL = "dynamo_lite.pull"  # decode: tokens of the prompt, in whole blocks, that candidates are asked for; not all of it
 PUSH = "dynamo_lite.push"  # prefill: PushTarget, msgpack
 ONBOARD = "dynamo_lite.onboard"  # (first block, slots of the host tier that hold the blocks from there on)
 

@@ -16,6 +16,7 @@ from workers.connector.protocol import (
     FIRST,
     ONBOARD,
     PREPARED,
+    PULL,
     PUSH,
     REMOTE,
     REQUEST_ID,
@@ -79,10 +80,16 @@ class SchedulerSide:
         self._computed[request.request_id] = computed
         onboarded = max(computed, self._onboarded(params, computed))
         if params.get(REMOTE) and not self._prepared_otherwise(params, onboarded):
-            missing: int = request.num_prompt_tokens - onboarded
+            missing = self._end(request) - onboarded
             if missing >= self._min_remote_tokens:
                 onboarded += missing
         return onboarded - computed
+
+    @staticmethod
+    def _end(request: Request) -> int:
+        """Of what is asked of others, in tokens of the prompt: behind it vLLM computes."""
+        end: int = (request.kv_transfer_params or {}).get(PULL, request.num_prompt_tokens)
+        return end
 
     def _onboarded(self, params: dict[str, Any], computed: int) -> int:
         """Tokens of the prompt that are there once the tiers were read; 0 where they do not help.
@@ -128,14 +135,14 @@ class SchedulerSide:
     def _receive(
         self, request: Request, params: dict[str, Any], block_ids: list[int], computed: int, external: int
     ) -> None:
-        """Have a prefill worker asked for the last `external` tokens of the prompt, `computed` being accounted for."""
+        """Have the `external` tokens that follow the `computed` ones received from another worker."""
         if not external:
             changed = self._prepared_otherwise(params, computed)
             reason = "prefix changed" if changed else "prefix hit" if computed else "short"
             self._report(Skipped(params[REQUEST_ID], reason))
             return
-        first = (request.num_prompt_tokens - external) // self._block_size
-        last = -(-request.num_prompt_tokens // self._block_size)
+        end = self._end(request)
+        first, last = (end - external) // self._block_size, -(-end // self._block_size)
         self._receiving[request.request_id] = request
         if params.get(FIRST):
             self._first_tokens.expect(params[REQUEST_ID])
@@ -143,7 +150,7 @@ class SchedulerSide:
         self._plan.receives.append(
             ReceivePlan(
                 request.request_id, params[REQUEST_ID], list(block_ids[first:last]), first,
-                request.num_prompt_tokens - first * self._block_size, transfer_id,
+                end - first * self._block_size, transfer_id,
                 first_token=bool(params.get(FIRST)),
             )
         )  # fmt: skip

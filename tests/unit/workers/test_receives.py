@@ -45,6 +45,9 @@ class ScriptedPrefill:
         self.called = asyncio.Event()
         self.answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
+    def plan(self, here: int) -> int:
+        raise AssertionError("asked by engines only")
+
     @property
     def more(self) -> bool:
         return bool(self.left)

@@ -34,8 +34,12 @@ class Peers:
     targets: list[PushTarget] = field(default_factory=list)
     skips: list[str] = field(default_factory=list)
     reports: list[TransferReport] = field(default_factory=list)
+    end: int | None = None  # of what is pulled; None: the prompt's
     asked: str = ""
     asking: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def plan(self, here: int) -> int:
+        return self.end or len(self.token_ids)
 
     @property
     def more(self) -> bool:
@@ -47,7 +51,8 @@ class Peers:
         candidate = self.candidates.pop(0)
         if isinstance(candidate, PrefillFailed):
             raise candidate
-        return (await candidate.prefill(PrefillJob(RequestId("remote"), self.token_ids, target))).cached_tokens
+        job = PrefillJob(RequestId("remote"), self.token_ids[: self.end], target, only_held=self.end is not None)
+        return (await candidate.prefill(job)).cached_tokens
 
     def stop(self) -> None:
         self.candidates.clear()
@@ -302,3 +307,38 @@ async def test_pace_follows_the_configuration(engine: MakeEngine) -> None:
     started = loop.time()
     await generate(one, PROMPT[:100], greedy(11))
     assert loop.time() - started >= 0.19  # 100 ms of prompt and 10 steps, less one timer's rounding
+
+
+async def test_output_is_identical_when_a_prefix_is_pulled_and_only_that_is_moved(engine: MakeEngine) -> None:
+    alone, here, holder = await engine(), await engine(), await engine()
+    await generate(holder, PROMPT[:100])
+    remote = Peers([holder], PROMPT, end=96)
+    outputs = await generate(here, PROMPT, remote=remote)
+    assert text(outputs) == text(await generate(alone, PROMPT))
+    assert outputs[0].cached_tokens == 0
+    assert [(target.first_token, target.tokens) for target in remote.targets] == [(0, 96)]
+    assert [report.blocks for report in remote.reports] == [6]
+    again = await generate(here, PROMPT)
+    assert again[0].cached_tokens == 128, "pulled blocks can be matched as those that were computed"
+    assert_free(alone, here, holder)
+
+
+async def test_a_holder_that_has_lost_the_prefix_declines_and_it_is_computed_here(engine: MakeEngine) -> None:
+    alone, here, holder = await engine(), await engine(), await engine()
+    await generate(holder, PROMPT[:60])
+    target = PushTarget(1, Incarnation("d"), LAYOUT, 0, 96, ())
+    with pytest.raises(PrefillFailed, match="3 of 5 blocks") as caught:
+        await holder.prefill(PrefillJob(RequestId("pull"), PROMPT[:96], target, only_held=True))
+    assert caught.value.cause == "not held"
+    remote = Peers([holder], PROMPT, end=96)
+    assert text(await generate(here, PROMPT, remote=remote)) == text(await generate(alone, PROMPT))
+    assert remote.reports == []
+    assert_free(here, holder)
+
+
+async def test_computing_is_measured(engine: MakeEngine) -> None:
+    one = await engine(prefill_ms_per_token=0.1)
+    await generate(one, PROMPT)
+    forecast = one.cost.forecast(1, 100, 0, remote=False)
+    assert forecast.compute_s is not None
+    assert forecast.compute_s >= 0.01

@@ -9,7 +9,7 @@ import pytest
 
 from dynamo_lite.config import Router as Weights
 from dynamo_lite.errors import NoInstance
-from dynamo_lite.plane.wire import Role
+from dynamo_lite.plane.wire import Holder, Role
 from dynamo_lite.router import metrics
 from dynamo_lite.router.router import Router
 from kvbm.events import Tier
@@ -149,3 +149,53 @@ def test_of_two_workers_with_the_prefix_the_one_that_has_it_on_its_device_is_cho
     assert placement.scores == {"decode-0": 8 + 0.05 * 8, "decode-1": 8.0}
     alone = Router(workers, Weights()).place(PROMPT, exclude=[D[1].incarnation])
     assert alone.reason.startswith("prefix 12/20 blocks (8 in a tier) on decode-0")
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_a_request_placed_elsewhere_names_the_worker_of_any_role_that_holds_its_prefix(role: Role) -> None:
+    holder = record("holder-0", role)
+    workers = roster(D[0], D[1], holder)
+    store(workers, holder, block_hashes(PROMPT[:192], 16))
+    store(workers, D[1], block_hashes(PROMPT[:64], 16))
+    placement = Router(workers, Weights()).place(PROMPT, exclude={D[1].incarnation})
+    if role.decodes:
+        assert (placement.decode, placement.holder) == (holder, None), "it is placed on the holder itself"
+        placement = Router(workers, Weights(overlap_weight=0)).place(PROMPT, exclude={D[1].incarnation})
+    assert placement.decode == D[0]
+    assert placement.holder == Holder(holder.incarnation, 192)
+
+
+def test_what_a_holder_has_counts_in_tokens_whatever_its_block_size_and_its_tier() -> None:
+    coarse = record("prefill-0", Role.PREFILL, block_size=64)
+    workers = roster(D[0], coarse)
+    hashes = block_hashes(PROMPT, 64)
+    store(workers, D[0], block_hashes(PROMPT[:208], 16))
+    store(workers, coarse, hashes[:1])
+    store(workers, coarse, hashes[:3], Tier.HOST)
+    router = Router(workers, Weights())
+    assert router.place(PROMPT).holder is None, "192 tokens there, 208 here"
+    store(workers, coarse, hashes[:4], Tier.HOST)
+    assert router.place(PROMPT).holder == Holder(coarse.incarnation, 256)
+    assert router.place([*PROMPT[:256]]).holder is None, "the block that ends a prompt is computed in any case"
+    assert router.place(PROMPT, cache_salt="tenant").holder is None
+
+
+def test_of_equal_holders_one_that_has_the_prefix_on_its_device_goes_first_and_then_one_that_is_idle() -> None:
+    workers = roster(D[0], *P)
+    hashes = block_hashes(PROMPT[:192], 16)
+    for each in P:
+        store(workers, each, hashes, Tier.HOST if each is P[0] else Tier.DEVICE)
+    workers.take_report(report(P[1], 1, used=50, running=5))
+    router = Router(workers, Weights())
+    assert router.place(PROMPT).holder == Holder(P[2].incarnation, 192)
+    assert router.place(PROMPT, exclude={P[2].incarnation}).holder == Holder(P[1].incarnation, 192)
+    workers.take_report(report(P[2], 1, draining=True))
+    workers.lost(P[1].incarnation)
+    assert router.place(PROMPT).holder == Holder(P[0].incarnation, 192)
+
+
+def test_a_worker_whose_kv_cannot_be_used_is_no_holder() -> None:
+    other = record("prefill-0", Role.PREFILL, dtype="fp8_e4m3")
+    workers = roster(D[0], other)
+    store(workers, other, block_hashes(PROMPT, 16))
+    assert Router(workers, Weights()).place(PROMPT).holder is None

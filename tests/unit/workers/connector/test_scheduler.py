@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dynamo_lite.plane.layout import KvLayout
 from dynamo_lite.plane.wire import Incarnation, PushTarget
 from tests.unit.workers.connector.prompt import IDLE, Engine
-from workers.connector.protocol import PREPARED, PushStep, Skipped
+from workers.connector.protocol import ONBOARD, PREPARED, PULL, PushStep, Skipped
 from workers.connector.scheduler import SchedulerSide
 
 SIZES = st.sampled_from([1, 2, 3, 4, 16, 32, 64, 128])
@@ -122,3 +122,37 @@ def test_a_prompt_that_was_prepared_for_other_tokens_is_computed_here(computed: 
     engine.side.allocated(engine.request, cast(Any, None), 0)
     assert engine.reports == [Skipped("r", "prefix changed")]
     assert engine.side.plan(IDLE).receives == []
+
+
+@pytest.mark.parametrize(("computed", "first", "tokens"), [(0, 0, 64), (32, 2, 32)])
+def test_of_a_pulled_prompt_only_the_pulled_blocks_are_received_and_the_rest_is_computed(
+    computed: int, first: int, tokens: int
+) -> None:
+    engine = Engine(16, 100)
+    engine.request.kv_transfer_params[PULL] = 64
+    external = engine.side.external_tokens(engine.request, computed)
+    assert external == tokens
+    engine.side.allocated(engine.request, cast(Any, SimpleNamespace(get_block_ids=lambda: (engine.blocks,))), external)
+    (receive,) = engine.side.plan(IDLE).receives
+    assert (receive.first_block, receive.tokens) == (first, tokens)
+    assert receive.block_ids == engine.blocks[first:4]
+
+
+def test_a_pull_covers_what_lies_beyond_the_own_tiers() -> None:
+    engine = Engine(16, 100)
+    engine.request.kv_transfer_params |= {PULL: 80, ONBOARD: (1, [7, 8])}
+    assert engine.side.external_tokens(engine.request, 16) == 64
+    engine.side.allocated(engine.request, cast(Any, SimpleNamespace(get_block_ids=lambda: (engine.blocks,))), 64)
+    plan = engine.side.plan(IDLE)
+    (onboard,), (receive,) = plan.onboards, plan.receives
+    assert (onboard.block_ids, onboard.slots) == (engine.blocks[1:3], [7, 8])
+    assert (receive.first_block, receive.tokens, receive.block_ids) == (3, 32, engine.blocks[3:5])
+
+
+@pytest.mark.parametrize("computed", [64, 96])
+def test_nothing_is_pulled_that_came_here_meanwhile(computed: int) -> None:
+    engine = Engine(16, 100)
+    engine.request.kv_transfer_params[PULL] = 64
+    assert engine.side.external_tokens(engine.request, computed) == 0
+    engine.side.allocated(engine.request, cast(Any, None), 0)
+    assert engine.reports == [Skipped("r", "prefix hit")]
