@@ -32,6 +32,9 @@ _GPU_TRANSPORTS: Mapping[Transport, tuple[str, ...]] = {
 # Bytes a system call moves over TCP: with UCX's 8 and 64 KiB writes were at 0.6 of a plain socket's speed. Connecting
 # to a host that is cut off must not keep everybody else waiting, which takes UCX up to two minutes.
 _TCP_SETTINGS = {"UCX_TCP_TX_SEG_SIZE": "256k", "UCX_TCP_RX_SEG_SIZE": "256k", "UCX_TCP_CONN_NB": "y"}
+# NIXL's UCX finds a library of the host's own for EFA, which we do not use, where there is one; that brings another
+# libibverbs and libnl into the process beside NIXL's, and the process crashes when it exits.
+_MODULES = {"UCX_MODULES": "^efa"}
 _ONE_HOST = ("shm", "cuda_ipc")
 _WORDS: Mapping[Path, str] = {"shm": "shared memory", "cuda_ipc": "CUDA IPC", "tcp": "TCP"}
 
@@ -61,7 +64,7 @@ class TransferPlan:
         """What UCX is told unless the user's own environment says otherwise."""
         transfer = self.config.kv_transfer
         # Without it same-host transfers between host memories fall from zero-copy to TCP emulation.
-        settings = {"UCX_RNDV_THRESH": "inf", **_TCP_SETTINGS, **self._patience()}
+        settings = {"UCX_RNDV_THRESH": "inf", **_MODULES, **_TCP_SETTINGS, **self._patience()}
         if self._transport != "auto":
             gpu = _GPU_TRANSPORTS.get(self._transport, ()) if device == "cuda" else ()
             settings["UCX_TLS"] = ",".join((*_TRANSPORTS[self._transport], *gpu, "self"))

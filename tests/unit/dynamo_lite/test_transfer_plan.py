@@ -10,6 +10,7 @@ from dynamo_lite.transfer_plan import Device, TransferPlan
 
 ALWAYS = {
     "UCX_RNDV_THRESH": "inf",
+    "UCX_MODULES": "^efa",
     "UCX_TCP_TX_SEG_SIZE": "256k",
     "UCX_TCP_RX_SEG_SIZE": "256k",
     "UCX_TCP_CONN_NB": "y",
