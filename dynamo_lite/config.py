@@ -181,13 +181,24 @@ class Frontend(Model):
     chat_template: Path | None = None  # a Jinja file that replaces the model's own
 
 
+Part = Annotated[float, Field(ge=0, le=1)]
+
+
+class TierWeights(Model):
+    """What a block costs that is in a tier beneath the device, as part of one that has to be computed."""
+
+    host: Part = 0.05
+    disk: Part = 0.15
+    object: Part = 0.4
+
+
 class Router(Model):
     """Where requests go. A worker costs overlap_weight × blocks it misses + load_weight × blocks it is busy with."""
 
     mode: Literal["kv", "round_robin", "least_loaded"] = "kv"
     overlap_weight: Annotated[float, Field(ge=0)] = 1.0
     load_weight: Annotated[float, Field(ge=0)] = 1.0
-    tier_weight: Annotated[float, Field(ge=0, le=1)] = 0.05  # onboarding a block, as part of computing it
+    tier_weights: TierWeights = TierWeights()
     prefill_candidates: Annotated[int, Field(ge=1, le=16)] = 3
 
 

@@ -16,6 +16,7 @@ from operator import itemgetter
 
 from kvbm.events import BlocksCleared, BlocksRemoved, BlocksStored, KvEventBatch, KvSnapshot, Tier
 
+TIERS = (Tier.DEVICE, Tier.HOST, Tier.DISK, Tier.OBJECT)  # the nearest first
 REMEMBERED = 4096  # sets of lanes and their names: only a shortcut, so a bound can be small
 SWEEP = 2048  # entries of gone lanes looked at with each batch
 
@@ -41,7 +42,7 @@ class PrefixIndex:
         self._names_of: dict[int, tuple[str, ...]] = {}  # remembered answers of `_names`
         self._sets: dict[int, int] = {}  # sets of several lanes, so that equal ones are one object
         self._device = 0  # device lanes of all workers
-        self._other: dict[int, int] = {}  # lane of another tier → the same worker's device lane
+        self._other: dict[Tier, dict[int, int]] = {}  # of each other tier, lane → the same worker's device lane
         self._free: list[int] = []  # lanes that no entry mentions
         self._used = 0  # lanes ever handed out
         self._gone = 0  # lanes of removed workers: entries still mention them
@@ -106,17 +107,14 @@ class PrefixIndex:
             self._retire(entry)
 
     @property
-    def tiered(self) -> bool:
-        """Whether some worker has, or had, blocks beneath its device."""
-        return bool(self._other)
+    def beneath(self) -> tuple[Tier, ...]:
+        """Tiers beneath the device in which some worker has, or had, blocks; the nearest first."""
+        return tuple(tier for tier in TIERS if self._other.get(tier))
 
-    def match(self, hashes: Sequence[int], tier: Tier | None = None) -> dict[str, int]:
-        """Leading blocks each worker holds, in `tier` or in any; without workers that lack the first."""
-        if tier is None and self._other:
-            return self._match_any(hashes)
+    def match(self, hashes: Sequence[int], down_to: Tier = TIERS[-1]) -> dict[str, int]:
+        """Leading blocks each worker holds, on its device or in a tier down to that; without who lacks the first."""
+        others = [lanes for tier in TIERS[1 : TIERS.index(down_to) + 1] for lanes in self._other.get(tier, {}).items()]
         alive = self._device
-        if tier is not None and tier is not Tier.DEVICE:
-            alive = sum(worker.lanes.get(tier, 0) for worker in self._workers.values())
         depths: dict[str, int] = {}
         found = self._lookup(hashes)
         before = None
@@ -124,10 +122,14 @@ class PrefixIndex:
             if lanes is before:  # equal sets are mostly one object
                 continue
             before = lanes
-            if dropped := alive & ~lanes:
+            here = lanes
+            for other, device in others:  # a block may be in any of them
+                if lanes & other:
+                    here |= device
+            if dropped := alive & ~here:
                 if depth:
                     depths.update(dict.fromkeys(self._names(dropped), depth))
-                alive &= lanes
+                alive &= here
                 if not alive:
                     return depths
         if found:
@@ -183,7 +185,8 @@ class PrefixIndex:
         self._device &= ~device
         for lane in worker.lanes.values():
             del self._name[lane]
-            self._other.pop(lane, None)
+            for lanes_of_tier in self._other.values():
+                lanes_of_tier.pop(lane, None)
         self._names_of.clear()
         self._gone |= worker.mask
         worker.lanes.clear()
@@ -193,7 +196,8 @@ class PrefixIndex:
         if lane is None:
             lane = worker.lanes[tier] = self._new_lane()
             device = worker.lanes[Tier.DEVICE]
-            self._other[lane], self._name[lane] = device, self._name[device]
+            self._other.setdefault(tier, {})[lane] = device
+            self._name[lane] = self._name[device]
         return lane
 
     def _new_lane(self) -> int:
@@ -239,21 +243,6 @@ class PrefixIndex:
                 return found
         get = self._lanes_of.get
         return [get(block, 0) for block in hashes]
-
-    def _match_any(self, hashes: Sequence[int]) -> dict[str, int]:
-        """`match` over all tiers when some worker uses more than one: a block may be in any of them."""
-        alive, depths = self._device, dict[str, int]()
-        for depth, found in enumerate(self._lookup(hashes)):
-            lanes = found
-            for other, device in self._other.items():
-                if found & other:
-                    lanes |= device
-            if depth:
-                depths.update(dict.fromkeys(self._names(alive & ~lanes), depth))
-            alive &= lanes
-        if hashes:
-            depths.update(dict.fromkeys(self._names(alive), len(hashes)))
-        return depths
 
     def _names(self, lanes: int) -> tuple[str, ...]:
         """The workers of some lanes."""

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynamo_lite import config
+from kvbm.events import Tier
+
+_WHERE = {Tier.HOST: "in host memory", Tier.DISK: "on disk", Tier.OBJECT: "in the object store"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,19 +19,33 @@ class Candidate:
     prompt_blocks: int
     overlap_blocks: int  # of them, those it holds
     busy_blocks: float  # of the requests it works on or has queued
-    tier_blocks: int = 0  # of the overlap, those that it has to onboard first
+    beneath: tuple[tuple[Tier, int], ...] = ()  # of the overlap, how many it has to onboard first, and from which tier
+
+    @property
+    def tier_blocks(self) -> int:
+        return sum(count for _, count in self.beneath)
 
 
 def score(candidate: Candidate, weights: config.Router) -> float:
     """Lower is better. The unit is the work of one block."""
     match weights.mode:
         case "kv":
-            missing = candidate.prompt_blocks - candidate.overlap_blocks + weights.tier_weight * candidate.tier_blocks
+            missing = candidate.prompt_blocks - candidate.overlap_blocks + onboarding(candidate.beneath, weights)
             return weights.overlap_weight * missing + weights.load_weight * candidate.busy_blocks
         case "least_loaded":
             return candidate.busy_blocks
         case "round_robin":
             return 0.0
+
+
+def onboarding(beneath: Sequence[tuple[Tier, int]], weights: config.Router) -> float:
+    """What these blocks of tiers cost, in blocks that have to be computed."""
+    parts: dict[Tier, float] = {
+        Tier.HOST: weights.tier_weights.host,
+        Tier.DISK: weights.tier_weights.disk,
+        Tier.OBJECT: weights.tier_weights.object,
+    }
+    return sum(parts[tier] * count for tier, count in beneath)
 
 
 def cheapest(scores: Sequence[float], turn: int) -> int:
@@ -50,7 +67,8 @@ def reason(candidates: Sequence[Candidate], chosen: int, weights: config.Router)
     if weights.mode == "least_loaded":
         return f"least loaded: {winner.name}; {load}"
     if winner.overlap_blocks:
-        tier = f" ({winner.tier_blocks} in a tier)" if winner.tier_blocks else ""
+        tiers = ", ".join(f"{count} {_WHERE[tier]}" for tier, count in winner.beneath)
+        tier = f" ({tiers})" if tiers else ""
         prefix = f"prefix {winner.overlap_blocks}/{winner.prompt_blocks} blocks{tier} on {winner.name}"
     else:
         prefix = f"no prefix of {winner.prompt_blocks} blocks on {winner.name}"

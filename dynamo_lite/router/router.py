@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from dynamo_lite import config
 from dynamo_lite.errors import NoInstance
@@ -59,6 +60,32 @@ def _block_size(instance: Instance) -> int:
     return instance.record.fingerprint.block_size
 
 
+class Overlap(NamedTuple):
+    """Leading blocks of a prompt that a worker holds."""
+
+    blocks: int
+    beneath: tuple[tuple[Tier, int], ...] = ()  # of these, how many it has to onboard, and from which tier
+
+    @property
+    def in_tiers(self) -> int:
+        return sum(count for _, count in self.beneath)
+
+
+_NONE = Overlap(0)
+
+
+def _overlap(depths: Sequence[tuple[Tier, int]], longest: int) -> Overlap:
+    """`depths`: how long a prefix lies in tiers down to each, the nearest first. Of use are `longest` blocks."""
+    blocks, beneath = 0, []
+    for tier, depth in depths:
+        more = min(depth, longest) - blocks
+        if more > 0:
+            blocks += more
+            if tier is not Tier.DEVICE:
+                beneath.append((tier, more))
+    return Overlap(blocks, tuple(beneath))
+
+
 class Router:
     """Chooses workers for requests."""
 
@@ -82,8 +109,10 @@ class Router:
         candidates = []
         for each in instances:
             blocks = -(-len(token_ids) // each.record.fingerprint.block_size)
-            overlap, in_tiers = overlaps.get(each.record.incarnation, (0, 0))
-            candidates.append(Candidate(each.record.name, blocks, overlap, each.load.busy_blocks, in_tiers))
+            overlap = overlaps.get(each.record.incarnation, _NONE)
+            candidates.append(
+                Candidate(each.record.name, blocks, overlap.blocks, each.load.busy_blocks, overlap.beneath)
+            )
         scores = [score(candidate, self._weights) for candidate in candidates]
         chosen = cheapest(scores, self._turn)
         self._turn += 1
@@ -106,42 +135,41 @@ class Router:
 
     def _overlaps(
         self, instances: Sequence[Instance], token_ids: Sequence[int], cache_salt: str | None
-    ) -> dict[str, tuple[int, int]]:
-        """Leading blocks of the prompt each worker holds, and how many of them it has to onboard.
+    ) -> dict[str, Overlap]:
+        """Leading blocks of the prompt that each worker holds.
 
         The last token is always computed, so a block that ends the prompt is never of use.
         """
         sizes = {each.record.fingerprint.block_size for each in instances}
         if self._weights.mode != "kv" or len(token_ids) < 2:
             return {}
-        overlaps: dict[str, tuple[int, int]] = {}
+        overlaps: dict[str, Overlap] = {}
         index = self._roster.index
         for size in sizes:  # nearly always one
             hashes = block_hashes(token_ids, size, cache_salt)
-            depths = index.match(hashes)
-            on_device = index.match(hashes, Tier.DEVICE) if index.tiered else depths
+            depths = [(tier, index.match(hashes, tier)) for tier in (Tier.DEVICE, *index.beneath)]
             longest = (len(token_ids) - 1) // size
             for each in instances:
                 if each.record.fingerprint.block_size == size:
                     incarnation = each.record.incarnation
-                    overlap = min(depths.get(incarnation, 0), longest)
-                    overlaps[incarnation] = overlap, max(0, overlap - on_device.get(incarnation, 0))
+                    mine = [(tier, found.get(incarnation, 0)) for tier, found in depths]
+                    overlaps[incarnation] = _overlap(mine, longest)
         return overlaps
 
     def _holder(
-        self, decode: Instance, overlaps: dict[str, tuple[int, int]], exclude: Collection[Incarnation]
+        self, decode: Instance, overlaps: dict[str, Overlap], exclude: Collection[Incarnation]
     ) -> Holder | None:
         """Who has the longest prefix, if that is longer than the decode worker's.
 
         Of several, one that has more of it on its device goes before others, and then one that is less busy.
         """
-        mine = overlaps.get(decode.record.incarnation, (0, 0))[0] * _block_size(decode)
+        mine = overlaps.get(decode.record.incarnation, _NONE).blocks * _block_size(decode)
         found: list[tuple[int, int, Incarnation]] = []
         for each in self._roster.holders(decode) if overlaps else ():
             incarnation, size = each.record.incarnation, _block_size(each)
-            blocks, in_tiers = overlaps.get(incarnation, (0, 0))
-            if blocks * size > mine and incarnation not in exclude:
-                found.append((blocks * size, -in_tiers * size, incarnation))
+            overlap = overlaps.get(incarnation, _NONE)
+            if overlap.blocks * size > mine and incarnation not in exclude:
+                found.append((overlap.blocks * size, -overlap.in_tiers * size, incarnation))
         best = max(found, key=lambda each: each[:2], default=None)  # the first of equal ones
         return None if best is None else Holder(best[2], best[0])
 

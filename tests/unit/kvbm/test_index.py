@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbm.events import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent, KvEventBatch, KvSnapshot, Tier
-from kvbm.index import PrefixIndex
+from kvbm.index import TIERS, PrefixIndex
 
 
 def batch(worker: str, seq: int, *events: KvEvent) -> KvEventBatch:
@@ -73,15 +73,18 @@ def test_a_snapshot_older_than_what_is_known_changes_nothing() -> None:
     assert index.match([1, 2]) == {"a": 2}
 
 
-def test_a_block_counts_in_any_tier_and_in_each_tier_alone() -> None:
+def test_a_block_counts_in_any_tier_down_to_the_one_asked_for() -> None:
     index = PrefixIndex()
     index.apply(stored("a", 1, 1, 2))
     index.apply(stored("a", 2, 3, tier=Tier.HOST))
     index.apply(stored("b", 1, 1, 2, 3, tier=Tier.HOST))
     assert index.match([1, 2, 3]) == {"a": 3, "b": 3}
     assert index.match([1, 2, 3], Tier.DEVICE) == {"a": 2}
-    assert index.match([1, 2, 3], Tier.HOST) == {"b": 3}
-    assert index.match([1, 2, 3], Tier.DISK) == {}
+    assert index.match([1, 2, 3], Tier.HOST) == {"a": 3, "b": 3}
+    index.apply(stored("b", 2, 4, tier=Tier.OBJECT))
+    assert index.match([1, 2, 3, 4], Tier.DISK) == {"a": 3, "b": 3}
+    assert index.match([1, 2, 3, 4], Tier.OBJECT) == {"a": 3, "b": 4}
+    assert index.beneath == (Tier.HOST, Tier.OBJECT)
     index.apply(batch("a", 3, BlocksRemoved((1,))))
     assert index.match([1, 2, 3]) == {"b": 3}
 
@@ -145,10 +148,10 @@ class Naive:
             else:
                 tiers.clear()
 
-    def match(self, hashes: list[int], tier: Tier | None) -> dict[str, int]:
+    def match(self, hashes: list[int], down_to: Tier) -> dict[str, int]:
         depths = {}
         for worker, tiers in self.held.items():
-            mine = set().union(*tiers.values()) if tier is None else tiers[tier]
+            mine = set().union(*(tiers[tier] for tier in TIERS[: TIERS.index(down_to) + 1]))
             depth = next((i for i, block in enumerate(hashes) if block not in mine), len(hashes))
             if depth:
                 depths[worker] = depth
@@ -159,12 +162,12 @@ events = st.one_of(
     st.builds(
         BlocksStored,
         st.lists(st.integers(0, 30), max_size=8).map(tuple),
-        tier=st.sampled_from([Tier.DEVICE, Tier.DEVICE, Tier.HOST]),
+        tier=st.sampled_from([Tier.DEVICE, Tier.DEVICE, Tier.HOST, Tier.DISK]),
     ),
     st.builds(
         BlocksRemoved,
         st.lists(st.integers(0, 30), max_size=4).map(tuple),
-        st.sampled_from([Tier.DEVICE, Tier.DEVICE, Tier.HOST]),
+        st.sampled_from([Tier.DEVICE, Tier.DEVICE, Tier.HOST, Tier.DISK]),
     ),
     st.just(BlocksCleared()),
 )
@@ -194,7 +197,7 @@ def test_any_history_gives_the_same_matches_as_one_set_a_worker(
             naive.apply(update)
         index.check()
     for query in [*queries, list(range(31))]:
-        for tier in (None, Tier.DEVICE, Tier.HOST):
+        for tier in TIERS:
             assert index.match(query, tier) == naive.match(query, tier)
     index.sweep()
     index.check()

@@ -148,7 +148,7 @@ def test_of_two_workers_with_the_prefix_the_one_that_has_it_on_its_device_is_cho
     assert placement.decode == D[1]
     assert placement.scores == {"decode-0": 8 + 0.05 * 8, "decode-1": 8.0}
     alone = Router(workers, Weights()).place(PROMPT, exclude=[D[1].incarnation])
-    assert alone.reason.startswith("prefix 12/20 blocks (8 in a tier) on decode-0")
+    assert alone.reason.startswith("prefix 12/20 blocks (8 in host memory) on decode-0")
 
 
 @pytest.mark.parametrize("role", list(Role))
