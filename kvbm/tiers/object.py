@@ -92,7 +92,6 @@ class ObjectTier:
         assert len(namespace) == 32
         self._blobs, self._records = blobs, records
         self._folder, self._description, self._refresh_s = namespace.hex(), description, refresh_s
-        self._probe = f"{self._folder}/probe-{os.urandom(8).hex()}"  # always the same, so that no more than one is left
         self._catalog = Catalog(entries)
         self._described = False
         self._listing_fails = self._said_there_are_more = False
@@ -108,10 +107,11 @@ class ObjectTier:
         await self._describe()
 
     async def probe(self) -> None:
-        content = os.urandom(64)
-        await self._blobs.put_bytes(self._probe, content)
-        back = await self._blobs.get_bytes(self._probe, len(content))
-        await self._blobs.delete(self._probe)
+        # Never the same: a request that a store was slow to carry out may still come to its end.
+        key, content = f"{self._folder}/probe-{os.urandom(8).hex()}", os.urandom(64)
+        await self._blobs.put_bytes(key, content)
+        back = await self._blobs.get_bytes(key, len(content))
+        await self._blobs.delete(key)
         if back != content:
             raise TierFailed(self.tier, "corrupt", "the store does not give back what was written to it")
         await self._describe()

@@ -7,9 +7,10 @@ import hashlib
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Literal
 
 import obstore
 import pytest
@@ -17,6 +18,8 @@ import pytest
 from dynamo_lite.config import ObjectTier
 from kvbm.errors import TierFailed
 from kvbm.events import Tier
+from kvbm.tiers.host import HostMemory
+from kvbm.tiers.object import Blobs
 from kvbm.tiers.record import Records
 from tests.integration.workers.object_writer import RECORDS as WRITTEN
 from tests.object_tier import DESCRIPTION, SLOTS, SMALL, Worker, block_hash, key
@@ -28,6 +31,7 @@ URL = "s3://kvcache/some/folder"
 TIMEOUT_S = 2  # where something is to fail
 SLACK_S = 3.0  # of a machine that is busy with other tests
 LARGE = Records(720 * 1024, 7)
+Way = Literal["there", "back"]
 ROOT = Path(__file__).parents[3]
 
 
@@ -63,8 +67,13 @@ def settings(server: SeaweedFs, **other: object) -> ObjectTier:
 
 
 @asynccontextmanager
-async def unopened(settings: ObjectTier, namespace: bytes, records: Records = SMALL) -> AsyncIterator[Worker]:
-    each = Worker(lambda memory, records: object_blobs(settings, memory, records), namespace, records)
+async def unopened(
+    settings: ObjectTier, namespace: bytes, records: Records = SMALL, refresh_s: float = 60
+) -> AsyncIterator[Worker]:
+    def blobs(memory: HostMemory, records: Records) -> Blobs:
+        return object_blobs(settings, memory, records)
+
+    each = Worker(blobs, namespace, records, refresh_s=refresh_s)
     try:
         yield each
     finally:
@@ -224,13 +233,13 @@ async def test_a_server_that_dies_fails_the_tier_and_comes_back_with_its_blocks(
 
 
 class Proxy:
-    """Between the tier and the server. Holds everything back unless `flowing`; `flip`: spoil a byte of a request."""
+    """Between the tier and the server. Holds everything back unless `flowing`; spoils a byte of the next content."""
 
     def __init__(self, server: SeaweedFs) -> None:
         self._server = server
         self.flowing = asyncio.Event()
         self.flowing.set()
-        self.flip = False
+        self.spoil: Way | None = None
 
     async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection."""
@@ -238,19 +247,19 @@ class Proxy:
         back, forth = await asyncio.open_connection(host, int(port))
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._forward(reader, forth, request=True))
-                group.create_task(self._forward(back, writer, request=False))
+                group.create_task(self._forward(reader, forth, "there"))
+                group.create_task(self._forward(back, writer, "back"))
         except* OSError:  # either side is gone
             pass
         finally:
             writer.close()
             forth.close()
 
-    async def _forward(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, request: bool) -> None:
+    async def _forward(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, way: Way) -> None:
         while content := await source.read(2**16):
             await self.flowing.wait()
-            if self.flip and request and len(content) > 2**12:
-                self.flip, spoilt = False, bytearray(content)
+            if self.spoil == way and not content.endswith(b"\r\n\r\n"):
+                self.spoil, spoilt = None, bytearray(content)
                 spoilt[-1] ^= 1
                 content = bytes(spoilt)
             sink.write(content)
@@ -297,13 +306,46 @@ async def test_a_server_that_falls_silent_costs_no_more_than_the_deadline_and_le
 
 async def test_what_is_spoilt_on_its_way_to_the_store_is_not_stored(server: SeaweedFs, namespace: bytes) -> None:
     async with proxied(server) as (proxy, through), worker(through, namespace, LARGE) as one:
-        proxy.flip = True
+        proxy.spoil = "there"
         with pytest.raises(TierFailed):
             await one.write([1])
-        assert not proxy.flip
+        assert proxy.spoil is None
         assert block_hash(1) not in one.tier
         await one.tier.refresh()
         assert one.tier.hashes() == ()
+
+
+async def test_a_store_that_spoils_what_it_gives_back_does_not_work(server: SeaweedFs, namespace: bytes) -> None:
+    async with proxied(server) as (proxy, through), worker(through, namespace, LARGE) as one:
+        await one.write([1])
+        proxy.spoil = "back"
+        assert await one.read([1]) == [-1]
+        proxy.spoil = "back"
+        with pytest.raises(TierFailed, match="does not give back what was written") as failed:
+            await one.tier.probe()
+        assert failed.value.cause == "corrupt"
+        await one.tier.probe()
+
+
+async def test_a_listing_that_fails_is_told_of_once_and_made_later(
+    server: SeaweedFs, namespace: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = "s3://made-later"
+
+    async def until(condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not condition():  # noqa: ASYNC110  # nothing of a tier can be waited for
+                await asyncio.sleep(0.01)
+
+    async with unopened(settings(server, url=url), namespace, refresh_s=0.01) as one, asyncio.TaskGroup() as group:
+        running = group.create_task(one.tier.run())
+        await until(lambda: "was not listed" in caplog.text)
+        make_bucket(server, url)
+        async with worker(settings(server, url=url), namespace) as two:
+            await two.write([1])
+        await until(lambda: block_hash(1) in one.tier)
+        running.cancel()
+    assert caplog.text.count("was not listed") == 1
 
 
 async def test_a_read_that_is_cancelled_touches_its_slots_no_more(server: SeaweedFs, namespace: bytes) -> None:
