@@ -214,4 +214,4 @@ def test_long_prompts_over_many_workers_match_like_the_naive_index() -> None:
         naive.apply(update)
     for _ in range(20):
         query = list(range(rng.randrange(2500)))
-        assert index.match(query) == naive.match(query, None)
+        assert index.match(query) == naive.match(query, TIERS[-1])
