@@ -139,7 +139,7 @@ class Tiers:
         slots = self.manager.grant(wanted) if wanted > 0 else []
         self._tell()
         if slots:
-            self._command(GrantSlots(tuple(slots)))
+            self._command(GrantSlots(tuple(sorted(slots))))  # neighbours are copied at once
 
     def _tell(self) -> None:
         lost = self.manager.lost()
