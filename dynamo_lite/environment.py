@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dynamo_lite.config import WorkerGroup
 from dynamo_lite.plan import Plan, PlannedProcess
 from dynamo_lite.transfer_plan import TransferPlan
+from kvbm.hashing import SEED
 
 # Each measured: without them two CPU engines share one core, start in 20–44 s instead of 3–5 s, and compile C++ for
 # half a minute at the first request that asks for logprobs.
@@ -21,12 +22,13 @@ VLLM_ANYWHERE = {
     "TOKENIZERS_PARALLELISM": "false",
     "NIXL_LOG_LEVEL": "WARN",
 }
-# vLLM seeds its block hashes from it: workers would hash otherwise than the router, and no prefix would ever be found.
-NOT_INHERITED = ("PYTHONHASHSEED",)
+# vLLM seeds its block hashes from it: with another one, or none, workers would hash otherwise than the router, and no
+# prefix would ever be found.
+HASHES = {"PYTHONHASHSEED": SEED}
 
 
 def environment(plan: Plan, process: PlannedProcess, inherited: Mapping[str, str]) -> dict[str, str]:
-    """`inherited` is the user's own environment: it wins over our UCX settings, and the file's `env` over all."""
+    """`inherited` is the user's own environment: it wins over our UCX settings, the file's `env` over nearly all."""
     if process.role == "frontend" or plan.config.engine == "sim":
         return dict(inherited)
     group: WorkerGroup = getattr(plan.config.workers, process.role)
@@ -35,6 +37,5 @@ def environment(plan: Plan, process: PlannedProcess, inherited: Mapping[str, str
         ours |= VLLM_ON_CPU
     else:
         ours["CUDA_VISIBLE_DEVICES"] = ",".join(plan.machine.gpus[index].address for index in process.gpus)
-    kept = {name: value for name, value in inherited.items() if name not in NOT_INHERITED}
     ucx = TransferPlan(plan.config, plan.machine.rdma_ports).environment(process.device)
-    return {**ucx, **kept, **ours, **group.env}
+    return {**ucx, **inherited, **ours, **group.env, **HASHES}

@@ -19,6 +19,7 @@ from benchmarks.gpu.ours import prompt
 from kvbm.events import Tier
 
 TOKENS = 24
+PAUSE_S = 0.3
 IDENTITY = (17, 500, 2048, 5000)
 FLUSH = (5, 8000)  # prompts, tokens: more than the device holds, and with the others less than the host tier does
 # Length: prompts that go round, and how often. The device holds 32,768 tokens, the host tier 57,344 beside slots ahead.
@@ -74,7 +75,12 @@ async def ttft(run: dict[str, Any]) -> dict[str, Any]:
         for length, (count, rounds) in ROUNDS.items():
             prompts = [prompt(length, 500 + number) for number in range(count)]
             turns = [[await ask(client, one, f"round {length}", 2) for one in prompts] for _ in range(rounds)]
+            paused = []
+            for number in range(count // 2):  # nothing of an earlier prompt is still on its way to the tier
+                await asyncio.sleep(PAUSE_S)
+                paused.append(await ask(client, prompt(length, 900 + number), "paused", 2))
             found[str(length)] = {
+                "paused_s": [seconds for seconds, _, _ in paused],
                 "computed_s": [seconds for seconds, _, cached in turns[0] if not cached],
                 "onboarded_s": [seconds for turn in turns[1:] for seconds, _, cached in turn if cached],
                 "not_onboarded": sum(not cached for turn in turns[1:] for _, _, cached in turn),

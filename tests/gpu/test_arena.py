@@ -30,7 +30,7 @@ class Tier:
         with DEVICE:
             self.kv = Rank(layout, rank, BLOCKS, seed=rank)
         self.copier = Copier(self.kv.planes, rank)
-        self.arena = Arena(memory.path, rank, layout.tensor_parallel, self.copier, DEVICE)
+        self.arena = Arena(memory.path, rank, layout.tensor_parallel, self.copier, DEVICE, lambda: None)
 
     def blocks(self, ids: list[int]) -> torch.Tensor:
         return self.kv.logical()[:, :, ids]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from kvbm.tiers.record import stride_bytes
 from workers.errors import TransferError
 from workers.transfer.pack import Copier, Copy, Ids
-from workers.transfer.ready import Ready
+from workers.transfer.ready import Ready, ReadyWatch
 
 _BATCH = {"cpu": 2**20, "cuda": 16 * 2**20}  # bytes of one copy, if a block is not more
 
@@ -23,8 +23,11 @@ _BATCH = {"cpu": 2**20, "cuda": 16 * 2**20}  # bytes of one copy, if a block is 
 class Arena:
     """Copies blocks between this rank's planes and its share of the slots, in the order asked for."""
 
-    def __init__(self, path: str, rank: int, ranks: int, copier: Copier, device: torch.device) -> None:
-        """`copier`: of its own, so that transfers do not wait for these copies.
+    def __init__(
+        self, path: str, rank: int, ranks: int, copier: Copier, device: torch.device, moved: Callable[[], None],
+    ) -> None:  # fmt: skip
+        """`copier`: of its own, so that transfers do not wait for these copies. `moved` is called after each of those
+        that go on by themselves, on a thread of its own.
 
         Raises TransferError when the memory cannot be reached.
         """
@@ -42,8 +45,10 @@ class Arena:
         self._start = rank * copier.block_bytes
         self.batch = max(1, _BATCH[device.type] // self.block_bytes)  # blocks that one copy takes at most
         self._scratch: torch.Tensor | None = None
+        self._watch: ReadyWatch | None = None
         if device.type == "cuda":
             _pin(self._bytes)
+            self._watch = ReadyWatch(moved)
             self._scratch = torch.empty(self.batch, self.block_bytes, dtype=torch.uint8, device=device)
 
     def index(self, block_ids: Sequence[int]) -> Ids:
@@ -53,28 +58,37 @@ class Arena:
     def put(self, block_ids: Ids, slots: Sequence[int], ready: Ready) -> Copy:
         """Begin to copy up to `batch` blocks to their slots, once `ready`."""
         if self._scratch is None:
-            self._copier.gather_each(block_ids, [self._share(slot) for slot in slots], ready)
+            for number, slot in enumerate(slots):
+                self._copier.gather(block_ids[number : number + 1], self._share(slot), ready)
         else:  # the next copy's blocks come into the scratch behind this one's, on the same stream
             self._copier.gather_each(block_ids, self._scratch[: len(slots)], ready)
             with self._copier.after():
                 for slot, block in zip(slots, self._scratch, strict=False):
                     self._share(slot).copy_(block, non_blocking=True)
-        return self._copier.begun(len(slots) * self.block_bytes)
+        return self._begun(slots)
 
     def get(self, slots: Sequence[int], block_ids: Ids, ready: Ready | None) -> Copy:
         """Begin to copy up to `batch` slots to their blocks, once `ready`."""
         if self._scratch is None:
-            self._copier.scatter_each(block_ids, [self._share(slot) for slot in slots], ready)
+            for number, slot in enumerate(slots):
+                self._copier.scatter(block_ids[number : number + 1], self._share(slot), ready=ready)
         else:
             with self._copier.after():
                 for slot, block in zip(slots, self._scratch, strict=False):
                     block.copy_(self._share(slot), non_blocking=True)
             self._copier.scatter_each(block_ids, self._scratch[: len(slots)], ready)
-        return self._copier.begun(len(slots) * self.block_bytes)
+        return self._begun(slots)
+
+    def _begun(self, slots: Sequence[int]) -> Copy:
+        copy = self._copier.begun(len(slots) * self.block_bytes)
+        if self._watch is not None:
+            self._watch.watch(copy)
+        return copy
 
     def close(self) -> None:
         """Nothing is copied any more."""
-        if self._scratch is not None:
+        if self._watch is not None:
+            self._watch.close()
             torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
 
     def _share(self, slot: int) -> torch.Tensor:

@@ -59,7 +59,6 @@ from workers.transfer.ready import Ready, ReadyWatch
 
 _log = logging.getLogger(__name__)
 _POLL_MOVING_S = 0.00002
-_POLL_TIERS_S = 0.0002  # on CUDA, where copies of a tier go on by themselves for longer than that
 _POLL_WAITING_S = 0.001
 _POLL_DEADLINES_S = 0.05  # nothing has to be polled for: whatever happens wakes us
 _MOVING_S = 0.002  # after the last piece, credit or write: more are likely to come
@@ -101,19 +100,19 @@ class Mover:
         self._contacts = Contacts(engine, settings.rank, settings.timeout_s, report)
         self._sender = Sender(engine, self._contacts, outgoing, copier, settings, report)
         self._receiver = Receiver(engine, self._contacts, incoming, copier, settings, report)
+        self._wake = Wake(engine)
         self._arena: Arena | None = None
         self._offloader: Offloader | None = None
         self._onboarder: Onboarder | None = None
         if settings.arena:
             own = Copier(planes, settings.rank)  # its copies are long, and pushes must not wait behind them
             own.warm()
-            self._arena = Arena(settings.arena, settings.rank, settings.ranks, own, planes.device)
+            self._arena = Arena(settings.arena, settings.rank, settings.ranks, own, planes.device, self._wake.ring)
             self._offloader = Offloader(self._arena, settings.rank, report)
             self._onboarder = Onboarder(self._arena, settings.rank, settings.timeout_s, report)
         self.agent = engine.metadata()  # for other workers; here, before the thread owns the engine
         self._notes = msgspec.msgpack.Decoder(Note)
         self._todo: deque[Callable[[], None]] = deque()
-        self._wake = Wake(engine)
         self._ready_watch = ReadyWatch(self._wake.ring) if planes.device.type == "cuda" else None
         self._lock = threading.Lock()  # held while blocks are read or written: `cancel_pushes` waits for it
         self._ended_lock = threading.Lock()
@@ -243,8 +242,8 @@ class Mover:
     def _pause(self) -> float | None:
         quiet_s = time.monotonic() - self._moved
         polled = self._engine.polled
-        if self._tiers_moving:
-            return _POLL_TIERS_S if self._device.type == "cuda" else _POLL_MOVING_S
+        if self._tiers_moving and self._device.type != "cuda":
+            return _POLL_MOVING_S
         active = self._sender.active or self._receiver.active or self._contacts.active or self._tiers_active
         if active or (polled and quiet_s < _LINGER_S):
             if not (polled or self._device.type == "cuda"):
@@ -257,7 +256,7 @@ class Mover:
             self._note(note.peer, note.payload)
             self._moved = time.monotonic()
         moved = [self._sender.progress(), self._receiver.progress(), self._sender.moving, self._receiver.moving]
-        if any(moved) or self._move_tiers():
+        if any(moved) or (self._move_tiers() and self._device.type != "cuda"):
             self._moved = time.monotonic()
         self._receiver.expire()
         self._contacts.progress()
@@ -291,7 +290,7 @@ class Mover:
 
     @property
     def _tiers_moving(self) -> bool:
-        """Blocks can be copied now: nothing will wake us for them."""
+        """Blocks can be copied now: but for CUDA, where each copy's end wakes us, nothing will."""
         return (self._onboarder is not None and self._onboarder.moving) or (
             self._offloader is not None and self._offloader.moving
         )

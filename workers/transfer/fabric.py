@@ -37,6 +37,9 @@ class Card(msgspec.Struct, frozen=True, array_like=True):
     notes: str  # address, see NearNotes
 
 
+_cards = msgspec.msgpack.Decoder(Card)  # here: threads that look at the class for the first time at once may crash
+
+
 @dataclass(frozen=True, slots=True)
 class Peer:
     """A connected agent, and what of its memory is mapped here."""
@@ -123,7 +126,7 @@ class Fabric:
                 self._again(known)
             return known
         try:
-            card = msgspec.msgpack.decode(metadata, type=Card)
+            card: Card = _cards.decode(metadata)
         except msgspec.MsgspecError as error:
             raise Mismatch(f"unreadable metadata of a transfer agent: {error}") from error
         same_host = card.host == host_id()

@@ -20,6 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from dynamo_lite.plane.layout import Runs
+from workers.transfer.rows import OneByOne
 
 _Words = npt.NDArray[np.int64]
 _LINE = 64  # bytes: a line of the caches of every processor that we know of
@@ -107,7 +108,7 @@ def _copy(where: _Words, ids: _Words, blocks: int, piece: int, scatter: bool) ->
     return True
 
 
-class NativeRows:
+class NativeRows(OneByOne):
     """See `workers.transfer.rows.Rows`."""
 
     def __init__(self, planes: Sequence[torch.Tensor], where: Sequence[Runs]) -> None:

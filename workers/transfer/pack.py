@@ -7,7 +7,7 @@ of its blocks. Where the two layouts agree that is a copy of rows; where they do
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TypeAlias
@@ -33,7 +33,7 @@ class Copy:
     def __init__(self, size: int, stream: torch.cuda.Stream | None) -> None:
         """Of `size` bytes of a piece; the last thing put on the stream."""
         self.size = size
-        self._event = torch.cuda.Event() if stream is not None else None
+        self._event = torch.cuda.Event(blocking=True) if stream is not None else None  # who waits sleeps
         if self._event is not None:
             self._event.record(stream)
 
@@ -116,19 +116,17 @@ class Copier:
             rows.scatter(self.index(block_ids), piece)
         return self.begun(rows.block_bytes * len(block_ids))
 
-    def gather_each(self, block_ids: Ids, pieces: Iterable[torch.Tensor], ready: Ready) -> None:
-        """Copy each block's rows into a piece of its own, once `ready`; `begun` says when that is done."""
+    def gather_each(self, block_ids: Ids, pieces: torch.Tensor, ready: Ready) -> Copy:
+        """Begin to copy each block into a piece of its own, one behind the other in `pieces`, once `ready`."""
         with self.after(ready):
-            ids, rows = self.index(block_ids), self._part(self.heads)
-            for number, piece in zip(range(len(ids)), pieces, strict=True):
-                rows.gather(ids[number : number + 1], piece)
+            self._part(self.heads).gather_each(self.index(block_ids), pieces)
+        return self.begun(self.block_bytes * len(block_ids))
 
-    def scatter_each(self, block_ids: Ids, pieces: Iterable[torch.Tensor], ready: Ready | None = None) -> None:
+    def scatter_each(self, block_ids: Ids, pieces: torch.Tensor, ready: Ready | None = None) -> Copy:
         """The reverse."""
         with self.after(ready):
-            ids, rows = self.index(block_ids), self._part(self.heads)
-            for number, piece in zip(range(len(ids)), pieces, strict=True):
-                rows.scatter(ids[number : number + 1], piece)
+            self._part(self.heads).scatter_each(self.index(block_ids), pieces)
+        return self.begun(self.block_bytes * len(block_ids))
 
     def checksum(self, piece: torch.Tensor) -> int:
         """See `workers.transfer.checksum`; not held up by what the model computes. Blocks until it is known."""

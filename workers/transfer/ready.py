@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -37,27 +38,35 @@ class Ready:
             stream.wait_event(self._event)
 
 
+class Waitable(Protocol):
+    """A point in what a GPU does."""
+
+    def wait(self) -> object:
+        """Sleep until it has passed, without the interpreter."""
+        ...
+
+
 class ReadyWatch:
     """A thread that says when points have passed. Asking again and again would slow down whoever computes."""
 
     def __init__(self, passed: Callable[[], None]) -> None:
         """`passed` is called on that thread."""
         self._passed = passed
-        self._points: queue.SimpleQueue[Ready | None] = queue.SimpleQueue()
+        self._points: queue.SimpleQueue[Waitable | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._live, name="dynamo-lite-ready", daemon=True)
         self._thread.start()
 
-    def watch(self, ready: Ready) -> None:
+    def watch(self, point: Waitable) -> None:
         """In the order in which they will pass. From any thread."""
-        self._points.put(ready)
+        self._points.put(point)
 
     def close(self) -> None:
         self._points.put(None)
         self._thread.join(_JOIN_S)
 
     def _live(self) -> None:
-        while (ready := self._points.get()) is not None:
+        while (point := self._points.get()) is not None:
             try:
-                ready.wait()
+                point.wait()
             finally:
                 self._passed()  # also of a failed GPU, which whoever copies is told as an error

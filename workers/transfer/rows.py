@@ -25,8 +25,28 @@ class Rows(Protocol):
         """The reverse. No id twice."""
         ...
 
+    def gather_each(self, ids: torch.Tensor, pieces: torch.Tensor) -> None:
+        """Copy each of these rows into a piece of its own, one behind the other (uint8)."""
+        ...
 
-class TorchRows:
+    def scatter_each(self, ids: torch.Tensor, pieces: torch.Tensor) -> None:
+        """The reverse. No id twice."""
+        ...
+
+
+class OneByOne:
+    """The latter two by the former two."""
+
+    def gather_each(self: Rows, ids: torch.Tensor, pieces: torch.Tensor) -> None:
+        for number, piece in enumerate(pieces.view(len(ids), -1)):
+            self.gather(ids[number : number + 1], piece)
+
+    def scatter_each(self: Rows, ids: torch.Tensor, pieces: torch.Tensor) -> None:
+        for number, piece in enumerate(pieces.view(len(ids), -1)):
+            self.scatter(ids[number : number + 1], piece)
+
+
+class TorchRows(OneByOne):
     """One call of torch a plane."""
 
     def __init__(self, planes: Sequence[torch.Tensor], where: Sequence[Runs]) -> None:

@@ -15,13 +15,14 @@ _WORD = 8  # bytes; a thread copies two at once where everything is aligned to 1
 _CHUNK = 2048  # words a program copies
 
 
-@triton.jit(do_not_specialize=["ids", "count"], do_not_specialize_on_alignment=["ids"])
+@triton.jit(do_not_specialize=["ids", "plane_step", "block_step"], do_not_specialize_on_alignment=["ids"])
 def _copy(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913, PLR0917
     bases,  # noqa: ANN001  # int64 [planes]: address of the first run of each plane's row 0
     strides,  # noqa: ANN001  # int64 [planes]: bytes from one row to the next
     ids,  # noqa: ANN001  # int64 [count]
-    piece,  # noqa: ANN001  # int64 [planes, count, ROW]
-    count,  # noqa: ANN001
+    piece,  # noqa: ANN001  # int64 [planes, count, ROW], or [count, planes, ROW]
+    plane_step,  # noqa: ANN001  # words from one plane's part of a block to the next one's
+    block_step,  # noqa: ANN001  # words from one block's part in a plane to the next one's
     ROW: tl.constexpr,  # noqa: N803  # words of a block in each plane
     RUN: tl.constexpr,  # noqa: N803  # words of a run
     PITCH: tl.constexpr,  # noqa: N803  # words from one run to the next
@@ -37,7 +38,7 @@ def _copy(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913, PLR0917
     row = tl.load(bases + plane) + tl.load(ids + block) * tl.load(strides + plane)
     rows = row.to(tl.pointer_type(tl.int64)) + at
     rows = tl.max_contiguous(tl.multiple_of(rows, 16), 2)
-    pieces = piece + (plane.to(tl.int64) * count + block) * ROW + word
+    pieces = piece + plane.to(tl.int64) * plane_step + block.to(tl.int64) * block_step + word
     pieces = tl.max_contiguous(tl.multiple_of(pieces, 16), 2)
     if SCATTER:
         tl.store(rows, tl.load(pieces, mask=there), mask=there)
@@ -69,21 +70,28 @@ class TritonRows:
         self.block_bytes = len(planes) * self._row * _WORD
 
     def gather(self, ids: torch.Tensor, piece: torch.Tensor) -> None:
-        self._launch(ids, piece, scatter=False)
+        self._launch(ids, piece, scatter=False, each=False)
 
     def scatter(self, ids: torch.Tensor, piece: torch.Tensor) -> None:
-        self._launch(ids, piece, scatter=True)
+        self._launch(ids, piece, scatter=True, each=False)
 
-    def _launch(self, ids: torch.Tensor, piece: torch.Tensor, *, scatter: bool) -> None:
-        count = len(ids)
+    def gather_each(self, ids: torch.Tensor, pieces: torch.Tensor) -> None:
+        self._launch(ids, pieces, scatter=False, each=True)
+
+    def scatter_each(self, ids: torch.Tensor, pieces: torch.Tensor) -> None:
+        self._launch(ids, pieces, scatter=True, each=True)
+
+    def _launch(self, ids: torch.Tensor, piece: torch.Tensor, *, scatter: bool, each: bool) -> None:
+        count, planes = len(ids), len(self._bases)
         assert piece.data_ptr() % 16 == 0, "a piece begins at a multiple of 16 bytes"
-        assert len(piece) >= self.block_bytes * count, "the piece is too short"
+        assert piece.numel() >= self.block_bytes * count, "the piece is too short"
         constants = (self._row, self._run, self._pitch, self._chunk, scatter)
         kernel = self._kernels.get(scatter)
         if kernel is None:
             words = torch.int64
             # Launched as compiled, not through the JIT, which looks at every argument again: 70 µs a launch.
-            kernel = _copy.warmup(words, words, words, words, 1, *constants, grid=(1,))
+            kernel = _copy.warmup(words, words, words, words, 1, 1, *constants, grid=(1,))
             self._kernels[scatter] = kernel = kernel or _copy  # TRITON_INTERPRET=1 compiles nothing
-        grid = (count * self._chunks, len(self._bases), 1)
-        kernel[grid](self._bases, self._strides, ids, piece, count, *constants)
+        steps = (self._row, planes * self._row) if each else (count * self._row, self._row)
+        grid = (count * self._chunks, planes, 1)
+        kernel[grid](self._bases, self._strides, ids, piece, *steps, *constants)

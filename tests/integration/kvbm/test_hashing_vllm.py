@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvbm.hashing import ROOT, block_hashes, full_block_hashes
+from kvbm.hashing import ROOT, SEED, block_hashes, full_block_hashes
 
 
 @pytest.mark.vllm
@@ -17,7 +17,7 @@ from kvbm.hashing import ROOT, block_hashes, full_block_hashes
 def test_hashes_equal_what_vllm_puts_into_its_kv_events(
     monkeypatch: pytest.MonkeyPatch, salt: str | None, lora: tuple[str, str] | None
 ) -> None:
-    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    monkeypatch.setenv("PYTHONHASHSEED", SEED)  # as the supervisor does
     from vllm.utils.hashing import sha256_cbor
     from vllm.v1.core import kv_cache_utils
 

@@ -6,6 +6,7 @@ from dynamo_lite.config import Config
 from dynamo_lite.environment import environment
 from dynamo_lite.machine import Gpu, Machine
 from dynamo_lite.plan import Plan, resolve
+from kvbm.hashing import SEED
 
 GIB = 2**30
 
@@ -57,5 +58,7 @@ def test_frontends_and_simulated_workers_get_the_environment_as_it_is() -> None:
     assert of(plan(engine="sim"), "decode-0", {"A": "b"}) == {"A": "b"}
 
 
-def test_a_hash_seed_of_the_user_s_shell_does_not_reach_the_workers() -> None:
-    assert "PYTHONHASHSEED" not in of(plan(), "decode-0", {"PYTHONHASHSEED": "7"})
+def test_every_engine_hashes_blocks_as_the_router_does_whatever_the_user_s_shell_or_file_says() -> None:
+    assert of(plan(), "decode-0", {})["PYTHONHASHSEED"] == SEED
+    made = plan(workers={"both": {"env": {"PYTHONHASHSEED": "8"}}})
+    assert of(made, "both-0", {"PYTHONHASHSEED": "7"})["PYTHONHASHSEED"] == SEED
