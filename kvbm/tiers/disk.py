@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -36,6 +37,7 @@ class DiskTier:
 
     def __init__(self, settings: DiskSettings, open_file: OpenFile) -> None:
         self._settings, self._open_file = settings, open_file
+        self._patience_s = _PATIENCE * settings.timeout_s
         self._thread = ThreadPoolExecutor(1, "disk-tier")
         self._volume: Volume | None = None
         self._opening: Future[Volume] | None = None
@@ -147,8 +149,7 @@ class DiskTier:
 
     async def write(self, records: Sequence[HostRecord]) -> int:
         """See StorageTier. One at a time; others wait."""
-        async with self._writing:
-            volume = self._open_volume()
+        async with self._turn() as volume:
             table = volume.table
             here = [block for record in records if (block := table.find(record.hash)) is not None]
             new = list({record.hash: record for record in records if record.hash not in self}.values())
@@ -169,6 +170,19 @@ class DiskTier:
                     if place not in filled:
                         table.give_back(place)
             return sum(record.hash in self for record in records)
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[Volume]:
+        """One write at a time. Raises TierFailed, also when the one before takes too long."""
+        try:
+            async with asyncio.timeout(self._patience_s):
+                await self._writing.acquire()
+        except TimeoutError:
+            raise self._silent("the write before has not ended") from None
+        try:
+            yield self._open_volume()
+        finally:
+            self._writing.release()
 
     async def _write_part(self, volume: Volume, part: Sequence[tuple[HostRecord, int]]) -> None:
         self._check_same(volume)
@@ -232,8 +246,7 @@ class DiskTier:
 
     async def purge(self) -> int:
         """See StorageTier."""
-        async with self._writing:
-            volume = self._open_volume()
+        async with self._turn() as volume:
             blocks = [volume.table.find(block_hash) for block_hash in volume.table.hashes()]
             for block in blocks:
                 assert block is not None
@@ -281,13 +294,14 @@ class DiskTier:
         return self._thread.submit(_translated, self._settings.folder, call)
 
     async def _wait(self, future: Future[Result]) -> Result:
-        patience = _PATIENCE * self._settings.timeout_s
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(self._patience_s):
                 return await asyncio.shield(asyncio.wrap_future(future))
         except TimeoutError:
-            text = f"{self._settings.folder}: no answer within {patience:g} s"
-            raise TierFailed(Tier.DISK, "deadline", text) from None
+            raise self._silent("no answer") from None
+
+    def _silent(self, what: str) -> TierFailed:
+        return TierFailed(Tier.DISK, "deadline", f"{self._settings.folder}: {what} within {self._patience_s:g} s")
 
 
 def _translated(folder: Path, call: Callable[[], Result]) -> Result:

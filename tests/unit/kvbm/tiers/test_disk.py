@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import shutil
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -308,7 +309,7 @@ async def broken(host: Host, folder: Path, places: int = 4) -> AsyncIterator[tup
         files.append(Broken(host.files.open(path, size)))
         return files[-1]
 
-    settings = DiskSettings(folder, places * RECORDS.stride, RECORDS.stride, b"model")
+    settings = DiskSettings(folder, places * RECORDS.stride, RECORDS.stride, b"model", timeout_s=5)
     tier = DiskTier(settings, open_file)
     await tier.open()
     try:
@@ -362,6 +363,23 @@ async def test_a_record_that_is_being_read_is_not_written_over(host: Host, tmp_p
         assert await tier.write(host.filled([0, 0, 0, 3, 4])[3:]) == 2
 
 
+async def test_behind_a_write_that_hangs_others_fail_by_the_deadline(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with broken(host, tmp_path) as (tier, (file,)), asyncio.TaskGroup() as group:
+        file.opened.clear()
+        hanging = group.create_task(tier.write(host.filled([1])))
+        await file.entered.wait()
+        monkeypatch.setattr(tier, "_patience_s", 0.05)
+        for call in (tier.write(wanted([2])), tier.purge()):
+            with pytest.raises(TierFailed, match="the write before has not ended") as failed:
+                await call
+            assert failed.value.cause == "deadline"
+        monkeypatch.undo()
+        file.opened.set()
+        assert await hanging == 1
+
+
 async def test_a_write_that_ends_on_files_that_were_taken_away_is_not_found_in_the_new_ones(
     host: Host, tmp_path: Path
 ) -> None:
@@ -387,33 +405,42 @@ async def _failing(call: object) -> str:
     return failed.value.cause
 
 
-async def test_an_opening_that_takes_too_long_is_waited_for_by_the_next_probe(tmp_path: Path) -> None:
-    host = Host(timeout_s=0.02)
-    blocked, go = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
+async def test_an_opening_that_takes_too_long_is_waited_for_by_the_next_probe(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
 
     def open_file(path: Path, size: int) -> SlotFile:
-        loop.call_soon_threadsafe(blocked.set)
-        asyncio.run_coroutine_threadsafe(go.wait(), loop).result(20)
+        assert go.wait(20)
         return host.files.open(path, size)
 
-    settings = DiskSettings(tmp_path, 4 * RECORDS.stride, RECORDS.stride, b"model", timeout_s=0.02)
-    tier = DiskTier(settings, open_file)
-    with pytest.raises(TierFailed) as failed:
-        await tier.open()
-    assert failed.value.cause == "deadline"
-    await blocked.wait()
+    tier = DiskTier(DiskSettings(tmp_path, 4 * RECORDS.stride, RECORDS.stride, b"model"), open_file)
+    monkeypatch.setattr(tier, "_patience_s", 0.05)
+    for call in (tier.open(), tier.probe()):
+        with pytest.raises(TierFailed, match=r"no answer within 0\.05 s"):
+            await call
+    monkeypatch.undo()
     go.set()
-    while not await _probed(tier):
-        pass
+    await tier.probe()
     assert await tier.write(host.filled([1])) == 1
     await tier.close()
-    host.close()
 
 
-async def _probed(tier: DiskTier) -> bool:
-    try:
-        await tier.probe()
-    except TierFailed:
-        return False
-    return True
+async def test_a_tier_closed_while_it_opens_lets_the_folder_go_once_it_has(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+
+    def open_file(path: Path, size: int) -> SlotFile:
+        assert go.wait(20)
+        return host.files.open(path, size)
+
+    tier = DiskTier(DiskSettings(tmp_path, 4 * RECORDS.stride, RECORDS.stride, b"model"), open_file)
+    monkeypatch.setattr(tier, "_patience_s", 0.05)
+    with pytest.raises(TierFailed, match="no answer"):
+        await tier.open()
+    await tier.close()
+    go.set()
+    tier._thread.shutdown()  # waits
+    async with opened(host, tmp_path) as tier:
+        assert await tier.write(host.filled([1])) == 1
