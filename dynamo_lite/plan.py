@@ -263,9 +263,11 @@ class _Planner:
             yield from self.transfer.problems({role: self._device(group) for role, group in self.groups})
 
     def transfers(self) -> Iterator[TransferPath]:
+        pulls = self.config.kv_transfer.pull != "never"
         for source_role, source in self.groups:
             for target_role, target in self.groups:
-                if source_role == "prefill" and target_role != "prefill":
+                several = source_role != target_role or target.count > 1
+                if target_role != "prefill" and (source_role == "prefill" or (pulls and several)):
                     yield TransferPath(
                         _group_text(source_role, source), _group_text(target_role, target), self._via(source, target)
                     )

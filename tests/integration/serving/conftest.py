@@ -74,6 +74,19 @@ def on_disk(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 @pytest.fixture(scope="session")
+def pair(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """Two workers that do both, with host tiers. Requests go to the idle one, and it pulls what the other one holds."""
+    config: dict[str, Any] = {
+        "workers": {"both": GROUP | {"count": 2, "kv_cache": "18MiB"}},
+        "kv_tiers": {"host": {"size": "64MiB"}},
+        "kv_transfer": {"verify": True, "pull": "always"},
+        "router": {"overlap_weight": 0},
+    }
+    with serve(tmp_path_factory.mktemp("pair"), base | config) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="session")
 def together(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """One worker that does both."""
     with serve(tmp_path_factory.mktemp("together"), base | {"workers": {"both": GROUP}}) as deployment:

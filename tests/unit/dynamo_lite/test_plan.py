@@ -128,6 +128,15 @@ def test_workers_that_cannot_exchange_kv_are_a_warning() -> None:
     assert any("compute every prompt themselves" in warning for warning in made.warnings)
 
 
+def test_workers_that_decode_may_pull_from_all_others_and_from_each_other() -> None:
+    workers = {"prefill": {}, "decode": {"count": 2}}
+    made = plan(workers=workers)
+    ways = [(path.source, path.target) for path in made.transfers]
+    assert ways == [("prefill-0", "decode-0…1"), ("decode-0…1", "decode-0…1")]
+    assert len(plan(workers=workers, kv_transfer={"pull": "never"}).transfers) == 1
+    assert plan(workers={"both": {}}).transfers == ()
+
+
 def test_decode_without_prefill_is_a_warning() -> None:
     made = plan(workers={"decode": {}})
     assert any("no prefill workers" in warning for warning in made.warnings)

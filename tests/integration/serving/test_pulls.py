@@ -1,0 +1,224 @@
+"""A prefix that another worker holds is pulled from it, and gives the very tokens that computing it gives."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from dynamo_lite.config import NatsAddress
+from dynamo_lite.plane.bus import Bus
+from dynamo_lite.plane.wire import PrefillReply, PrefillRequest, PushTarget, RequestId, Subjects, decode, encode
+from tests.integration.serving.deployment import Deployment, scrape, total, until
+from tests.integration.serving.requests import BLOCK, MODEL, prompt, tokens
+from tests.integration.serving.test_faults import FROZEN_S, RESTART_S, at_rest, running
+from tests.integration.serving.test_prefix_hits import cached_tokens
+
+pytestmark = pytest.mark.vllm
+
+WORKERS = ("both-0", "both-1")
+
+
+def other_than(name: str) -> str:
+    return next(worker for worker in WORKERS if worker != name)
+
+
+def indexed(deployment: Deployment) -> float:
+    return total(scrape(f"{deployment.url}/metrics"), "dynamo_lite_router_index_blocks")
+
+
+@contextmanager
+def held(deployment: Deployment, token_ids: list[int], **more: Any) -> Iterator[str]:
+    """One worker is busy with a request of this prompt, and the router knows its blocks; others go elsewhere."""
+    for name in WORKERS:
+        until(lambda name=name: at_rest(deployment, name), f"{name} is idle")  # type: ignore[misc]
+    before = indexed(deployment)
+    body = {"model": MODEL, "prompt": token_ids, "max_tokens": 3900 - len(token_ids), "stream": True}
+    body |= {"ignore_eos": True} | more
+    with httpx.stream("POST", f"{deployment.url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: ")
+        until(lambda: any(running(deployment, name) for name in WORKERS), "it runs")
+        (holder,) = (name for name in WORKERS if running(deployment, name))
+        new = len(token_ids) // BLOCK
+        until(lambda: indexed(deployment) >= before + new, "the router knows its blocks")
+        yield holder
+
+
+@contextmanager
+def kept_busy(deployment: Deployment, name: str, seed: int) -> Iterator[None]:
+    """Requests go to the other worker."""
+    for number in range(4):  # workers that are equally idle take turns
+        with held(deployment, prompt(BLOCK, seed + number)) as busy:
+            if busy == name:
+                yield
+                return
+    raise AssertionError(f"nothing was placed on {name}")
+
+
+def moved(deployment: Deployment, name: str) -> float:
+    """Blocks that came here from another worker."""
+    samples = total(deployment.metrics(name), "nixl_transfer_bytes_total", 'direction="in"')
+    return samples / deployment.instances()[name].fingerprint.block_bytes
+
+
+def prompts(deployment: Deployment, name: str, reason: str) -> float:
+    return total(deployment.metrics(name), "dynamo_lite_worker_prompts_total", f'reason="{reason}"')
+
+
+def pulls(deployment: Deployment, name: str, outcome: str) -> float:
+    return total(deployment.metrics(name), "dynamo_lite_worker_pulls_total", f'outcome="{outcome}"')
+
+
+@pytest.mark.parametrize(("shared", "more"), [(64, 1), (320, 0), (640, 200), (1000, 31), (2048, 1000)])
+def test_tokens_are_identical_when_a_prefix_is_pulled_and_only_its_blocks_are_moved(
+    shared: int, more: int, pair: Deployment, together: Deployment
+) -> None:
+    prefix = prompt(shared, 300)
+    whole = prefix + prompt(more, 301)
+    expected = tokens(together, whole, temperature=0)
+    with held(pair, prefix) as holder:
+        mine = other_than(holder)
+        before, pulled = moved(pair, mine), prompts(pair, mine, "pulled")
+        assert tokens(pair, whole, temperature=0) == expected
+        assert prompts(pair, mine, "pulled") == pulled + 1
+        assert moved(pair, mine) == before + min(shared, len(whole) - 1) // BLOCK
+        assert cached_tokens(pair, whole) == (len(whole) - 1) // BLOCK * BLOCK, "it is in this worker's cache by now"
+
+
+def test_seeded_sampling_is_identical_when_a_prefix_is_pulled(pair: Deployment, together: Deployment) -> None:
+    prefix, sampling = prompt(640, 305), {"temperature": 1.0, "seed": 11, "top_p": 0.95}
+    whole = prefix + prompt(100, 306)
+    expected = tokens(together, whole, **sampling)
+    with held(pair, prefix) as holder:
+        pulled = prompts(pair, other_than(holder), "pulled")
+        assert tokens(pair, whole, **sampling) == expected
+        assert prompts(pair, other_than(holder), "pulled") == pulled + 1
+
+
+def test_many_prompts_at_once_pull_the_prefix_that_they_share(pair: Deployment, together: Deployment) -> None:
+    prefix = prompt(640, 310)
+    wholes = [prefix + prompt(40 + 20 * number, 311) for number in range(8)]
+    with held(pair, prefix), ThreadPoolExecutor(8) as pool:
+        mine = list(pool.map(lambda one: tokens(pair, one, temperature=0), wholes))
+    with ThreadPoolExecutor(8) as pool:
+        assert mine == list(pool.map(lambda one: tokens(together, one, temperature=0), wholes))
+    for name in WORKERS:
+        until(lambda name=name: at_rest(pair, name), "nothing stays held")  # type: ignore[misc]
+
+
+def test_a_prefix_that_the_holder_has_in_its_host_tier_only_is_pulled_too(
+    pair: Deployment, together: Deployment
+) -> None:
+    prefix = prompt(960, 320)
+    whole = prefix + prompt(50, 321)
+    expected = tokens(together, whole, temperature=0)
+    with held(pair, prefix) as holder:
+        mine = other_than(holder)
+    with kept_busy(pair, mine, 900):
+        for number in range(11):  # all to the holder: more than its device has room for
+            cached_tokens(pair, prompt(1000, 330 + number))
+    onboarded = total(pair.metrics(holder), "kv_tier_blocks_total", 'event="onboarded"')
+    with kept_busy(pair, holder, 910):
+        before = moved(pair, mine)
+        assert tokens(pair, whole, temperature=0) == expected
+        assert moved(pair, mine) == before + 960 // BLOCK
+    after = total(pair.metrics(holder), "kv_tier_blocks_total", 'event="onboarded"')
+    assert after > onboarded
+
+
+def test_tenants_share_nothing_and_those_of_one_salt_do(pair: Deployment) -> None:
+    token_ids = prompt(640, 340)
+    with held(pair, token_ids, cache_salt="one") as holder:
+        mine = other_than(holder)
+        before = moved(pair, mine)
+        cached_tokens(pair, token_ids, cache_salt="two")
+        cached_tokens(pair, token_ids)
+        assert moved(pair, mine) == before
+        cached_tokens(pair, token_ids, cache_salt="one")
+        assert moved(pair, mine) == before + 608 // BLOCK
+
+
+def test_the_trace_tells_that_and_from_whom_it_was_pulled(pair: Deployment) -> None:
+    prefix, trace = prompt(640, 350), "3bf92f3577b34da6a3ce929d0e0e4736"
+    with held(pair, prefix) as holder:
+        body = {"model": MODEL, "prompt": prefix + prompt(10, 351), "max_tokens": 4, "temperature": 0}
+        headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
+        assert httpx.post(f"{pair.url}/v1/completions", json=body, headers=headers, timeout=60).status_code == 200
+
+    def spans() -> dict[str, dict[str, Any]]:
+        return {span["name"]: span for span in pair.spans() if span["trace_id"] == trace}
+
+    names = {"POST /v1/completions", "route", "decode", "prefill", "kv.transfer"}
+    until(lambda: spans().keys() == names, f"the spans {names}")
+    route, decoding, prefill, transfer = (spans()[name] for name in ("route", "decode", "prefill", "kv.transfer"))
+    assert route["attributes"]["dynamo.route.holder"] == pair.instances()[holder].incarnation
+    assert route["attributes"]["dynamo.route.holder_tokens"] == 640
+    assert (decoding["process"], decoding["attributes"]["reason"]) == (other_than(holder), "pulled")
+    assert (prefill["process"], prefill["attributes"]["pull"]) == (holder, True)
+    assert prefill["attributes"]["cached_tokens"] == 640 - BLOCK, "one block was computed again"
+    assert transfer["attributes"]["blocks"] == 640 // BLOCK
+    assert transfer["parent_id"] == prefill["span_id"]
+    assert prefill["parent_id"] == decoding["span_id"]
+
+
+def test_a_holder_that_has_not_what_it_is_asked_for_declines_and_computes_nothing(pair: Deployment) -> None:
+    record = pair.instances()["both-0"]
+    token_ids = prompt(2048, 360)
+    target = PushTarget(7, record.incarnation, record.fingerprint.layout, 0, 2048, ())
+    request = PrefillRequest(RequestId("pull"), token_ids, target, only_held=True)
+
+    async def ask() -> PrefillReply:
+        async with Bus.connect(NatsAddress.model_validate(pair.run["nats"]), "test") as bus:
+            data = await bus.request(Subjects("test").prefill(record.incarnation), encode(request), 10.0)
+            return decode(data, PrefillReply)
+
+    before = total(pair.metrics("both-0"), "vllm:prompt_tokens_total")
+    reply = asyncio.run(ask())
+    assert reply.error is not None
+    assert reply.error.fields["cause"] == "not held"
+    assert total(pair.metrics("both-0"), "vllm:prompt_tokens_total") == before
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_holder_that_is_frozen_costs_no_request_and_serves_again_when_it_thaws(
+    whole: bool, pair: Deployment, together: Deployment
+) -> None:
+    prefix = prompt(2000, 370 + whole)
+    asked = [prefix + prompt(100 + number, 372) for number in range(2)]
+    expected = [tokens(together, one, temperature=0) for one in asked]
+    with held(pair, prefix) as holder:
+        mine, core = other_than(holder), pair.engine_pid(holder)
+        failed, done = prompts(pair, mine, "pull failed"), pulls(pair, holder, "ok")
+        with pair.frozen(core, *([pair.pid(holder)] if whole else [])), ThreadPoolExecutor(2) as pool:
+            answers = [pool.submit(tokens, pair, one, temperature=0) for one in asked]
+            got = [answer.result(FROZEN_S) for answer in answers]
+        assert prompts(pair, mine, "pull failed") > failed, "the freeze hit a pull"
+    assert got == expected
+    for name in WORKERS:
+        until(lambda name=name: at_rest(pair, name), f"{name} holds nothing", 60)  # type: ignore[misc]
+    until(lambda: httpx.get(f"{pair.url}/health/ready").status_code == 200, "the frontend finds it again")
+    again = prompt(640, 375 + whole)
+    with held(pair, again) as now:
+        tokens(pair, [*again, 5], temperature=0)
+        assert pulls(pair, now, "ok") > (done if now == holder else 0)
+
+
+def test_killing_the_holder_while_others_pull_from_it_costs_no_request(pair: Deployment, together: Deployment) -> None:
+    prefix = prompt(2000, 380)
+    asked = [prefix + prompt(50 + number, 381) for number in range(6)]
+    expected = [tokens(together, one, temperature=0) for one in asked]
+    with held(pair, prefix) as holder, ThreadPoolExecutor(6) as pool:
+        mine, starts = other_than(holder), int(pair.process_of(holder)["starts"])
+        answers = [pool.submit(tokens, pair, one, temperature=0) for one in asked[:3]]
+        pair.kill(holder)
+        answers += [pool.submit(tokens, pair, one, temperature=0) for one in asked[3:]]
+        assert [answer.result() for answer in answers] == expected
+    until(lambda: at_rest(pair, mine), "nothing stays held")
+    until(lambda: pair.restarted(holder, starts + 1), "the holder is back", RESTART_S)
+    until(lambda: at_rest(pair, holder), "and holds nothing")
