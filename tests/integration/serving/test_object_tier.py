@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import obstore
 import pytest
+from obstore.store import S3Store
 
 from tests.integration.serving.conftest import GROUP
 from tests.integration.serving.deployment import Deployment, serve, total, until
 from tests.integration.serving.requests import BLOCK, prompt, tokens
 from tests.integration.serving.test_prefix_hits import cached_tokens
-from tests.integration.serving.test_tiers import counted, flush
+from tests.integration.serving.test_tiers import BYTES, counted, flush
 from tests.seaweedfs import ACCESS_KEY, SECRET_KEY, SeaweedFs, seaweedfs
 
 pytestmark = pytest.mark.vllm
@@ -87,6 +89,40 @@ def test_what_one_deployment_has_stored_serves_another_and_tenants_stay_apart(
         assert cached_tokens(other, prompt(640, 312), cache_salt="one") == 608
 
 
+def test_a_byte_that_changed_in_the_store_is_found_counted_and_the_object_deleted(
+    stored: Deployment, store: SeaweedFs, together: Deployment
+) -> None:
+    token_ids = prompt(1000, 330)
+    expected = tokens(together, token_ids, temperature=0)
+    put_into_store(stored, token_ids, 331)
+    bucket = S3Store(
+        "ready", endpoint=store.endpoint, region="us-east-1", access_key_id=ACCESS_KEY, secret_access_key=SECRET_KEY,
+        virtual_hosted_style_request=False, client_options={"allow_http": True},
+    )  # fmt: skip
+    keys = [one["path"] for page in obstore.list(bucket, prefix="kv/") for one in page if one["size"] > BYTES]
+    for key in keys:
+        content = bytearray(obstore.get(bucket, key).bytes())
+        content[100] ^= 1
+        obstore.put(bucket, key, bytes(content))
+    before = counted(stored, W, "corrupt", "object")
+    assert tokens(stored, token_ids, temperature=0) == expected
+    until(lambda: counted(stored, W, "corrupt", "object") > before, "the block was counted")
+
+
+def test_a_store_that_falls_silent_costs_no_request(stored: Deployment, store: SeaweedFs, together: Deployment) -> None:
+    token_ids = prompt(1000, 340)
+    expected = tokens(together, token_ids, temperature=0)
+    put_into_store(stored, token_ids, 341)
+    with stored.frozen(store.child.pid):
+        assert tokens(stored, token_ids, temperature=0) == expected
+        until(lambda: not is_on(stored), "the tier is off")
+    until(lambda: is_on(stored), "the tier is on again", 60)
+
+
+def is_on(deployment: Deployment) -> bool:
+    return total(deployment.metrics(W), "kv_tier_on", 'tier="object"') == 1
+
+
 def test_a_store_that_dies_costs_no_request_and_is_used_again_once_it_lives(
     stored: Deployment, store: SeaweedFs, together: Deployment
 ) -> None:
@@ -95,15 +131,11 @@ def test_a_store_that_dies_costs_no_request_and_is_used_again_once_it_lives(
     put_into_store(stored, token_ids, 321)
     store.kill()
     assert tokens(stored, token_ids, temperature=0) == expected
-
-    def is_on() -> bool:
-        return total(stored.metrics(W), "kv_tier_on", 'tier="object"') == 1
-
-    until(lambda: not is_on(), "the tier is off")
+    until(lambda: not is_on(stored), "the tier is off")
     flush(stored, 322)
     assert tokens(stored, token_ids, temperature=0) == expected
     store.restart()
-    until(is_on, "the tier is on again", 60)
+    until(lambda: is_on(stored), "the tier is on again", 60)
     flush(stored, 323)
     before = counted(stored, W, "onboarded", "object")
     assert tokens(stored, token_ids, temperature=0) == expected
