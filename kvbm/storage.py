@@ -227,10 +227,13 @@ class Storage:
                         await self.tier.sync()
                 except TierFailed as error:
                     self._turn_off(error)
+                    for block_hash in batch:  # again, should it be back while they are still in host memory
+                        if self._manager.find(block_hash) is not None:
+                            self._queue(block_hash)
                 self._changed()
 
     async def _write_batch(self, hashes: Sequence[FullHash]) -> None:
-        """Raises TierFailed; then these wait no more."""
+        """Raises TierFailed."""
         found = [block for one in hashes if (block := self._manager.find(one)) is not None and block.here]
         self.counts.missed += len(hashes) - len(found)
         owner, begun = f"{self.name} write", time.monotonic()
@@ -247,9 +250,9 @@ class Storage:
             if right:
                 stored = await self.tier.write(right)
                 self._observe("write", time.monotonic() - begun)
-        finally:
             self.counts.offloaded += stored
             self.counts.missed += len(found) - stored
+        finally:
             self._manager.unpin(owner)
 
     # ---- off and on ----

@@ -238,6 +238,7 @@ async def test_a_tier_that_fails_is_off_and_back_with_its_blocks_once_it_works(
         assert low64(named(1)) in {one for event in here.events() for one in getattr(event, "hashes", ())}
         assert named(1) in here.storage
         await here.until(lambda: named(3) in here.tier.content)
+        assert (named(2) in here.tier.content) == (operation == "write"), "what could not be written is written now"
         warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
         assert len(warnings) == 2, "one when it is off, one when it works again"
         assert "no_space" in warnings[0]
