@@ -24,6 +24,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from dynamo_lite.config import ProcessSpec, WorkerGroup
 from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerError
+from dynamo_lite.plane.kv_wire import KvAsk, KvTold
 from dynamo_lite.plane.wire import Fingerprint, Incarnation, Role, Sampling
 from dynamo_lite.tasks import background, scope
 from kvbm.errors import TierRefused
@@ -61,6 +62,7 @@ from workers.first_token import may_be_chosen_elsewhere, results_after
 from workers.kv_feed import KvFeed
 from workers.pulse import Pulse
 from workers.receives import Receive, Receives
+from workers.tiers.admin import KvAdmin
 from workers.tiers.onboarding import Onboarding
 from workers.tiers.place import place_of
 from workers.tiers.tiers import Tiers
@@ -107,6 +109,7 @@ class VllmEngine:
         self._pulse = Pulse(range(-1, self._ranks), lambda: self._channel.command(Probe()), self._timeout_s)
         self._blocks = self._block_bytes = 0
         self._tiers: Tiers | None = None
+        self._admin: KvAdmin | None = None
         self._arena = ""
 
     # ---- life ----
@@ -149,6 +152,7 @@ class VllmEngine:
         self._feed = KvFeed(self._channel.endpoint("events"), self._channel.endpoint("replay"))
         if self._tiers is not None:
             await self._start_tiers(self._tiers, fingerprint, self._feed)
+        self._admin = KvAdmin(self.load, self._feed.snapshot, self._tiers)
         self._block_bytes = fingerprint.block_bytes * self._ranks
         return EngineInfo(
             fingerprint,
@@ -433,15 +437,14 @@ class VllmEngine:
             self._tiers.load() if self._tiers is not None else (),
         )  # fmt: skip
 
+    async def kv_admin(self, ask: KvAsk) -> KvTold:
+        assert self._admin is not None, "the engine was not started"
+        return await self._admin.answer(ask)
+
 
 def _summary(blocks: int, ends: list[PushEnded]) -> TransferReport:
     """Of all ranks that had something to send."""
     ends = [end for end in ends if end.pieces]
-    return TransferReport(
-        bytes=sum(end.bytes for end in ends),
-        blocks=blocks,
-        pieces=sum(end.pieces for end in ends),
-        path=ends[0].path,
-        started_ns=min(end.started_ns for end in ends),
-        ended_ns=max(end.ended_ns for end in ends),
-    )
+    size, pieces = sum(end.bytes for end in ends), sum(end.pieces for end in ends)
+    started, ended = min(end.started_ns for end in ends), max(end.ended_ns for end in ends)
+    return TransferReport(size, blocks, pieces, ends[0].path, started, ended)
