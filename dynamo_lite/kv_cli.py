@@ -164,12 +164,11 @@ def purge(
 
 
 def _deployment(file: Path | None, overrides: list[str] | None) -> Run:
-    from dynamo_lite.config import Config  # noqa: PLC0415
     from dynamo_lite.config_file import load  # noqa: PLC0415
     from dynamo_lite.state import Run  # noqa: PLC0415
 
     with told_errors():
-        config = load(file, overrides or []).config if file is not None else Config()
+        config = load(file or Path(os.devnull), overrides or []).config  # an empty file is all defaults
         return Run.read((config.state_dir or user_cache(os.environ) / "state" / config.namespace).absolute())
 
 
