@@ -5,19 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dynamo_lite.errors import ConfigError, DynamoError
+from dynamo_lite import kv_cli
+from dynamo_lite.command_line import Overrides, told_errors, user_cache
+from dynamo_lite.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from dynamo_lite.plan import Plan
 
 EPILOG = """
@@ -26,6 +24,8 @@ Start here:  dynamo-lite serve configs/quickstart.yaml
 What would it run?  dynamo-lite check configs/quickstart.yaml
 
 Change one key:  dynamo-lite serve configs/quickstart.yaml --set workers.decode.count=2 --set frontend.port=9000
+
+Look at the KV blocks of what runs:  dynamo-lite kv stats
 """
 
 app = typer.Typer(
@@ -37,10 +37,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(kv_cli.app, name="kv")
+
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The deployment, in YAML; see the examples in configs/.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. frontend.port=9000.")
-]
 
 
 @app.command()
@@ -54,7 +53,7 @@ def serve(file: File, set_: Overrides = None) -> None:
     from dynamo_lite.progress import Progress  # noqa: PLC0415
     from dynamo_lite.supervisor import Supervisor  # noqa: PLC0415
 
-    with _errors():
+    with told_errors():
         plan = _plan(file, set_ or [])
         for warning in plan.warnings:
             typer.echo(f"Warning: {warning}", err=True)
@@ -73,7 +72,7 @@ def check(file: File, set_: Overrides = None) -> None:
     """
     from dynamo_lite.plan_text import describe  # noqa: PLC0415
 
-    with _errors():
+    with told_errors():
         typer.echo(describe(_plan(file, set_ or [])), nl=False)
 
 
@@ -111,8 +110,8 @@ def metadata_server(
     from dynamo_lite.telemetry import setup_logging  # noqa: PLC0415
 
     setup_logging("info", "metadata-server")
-    with _errors():
-        folder = data_dir or _cache(os.environ) / "metadata-server" / str(port)
+    with told_errors():
+        folder = data_dir or user_cache(os.environ) / "metadata-server" / str(port)
         asyncio.run(run_metadata_server(host, port, folder, lambda url: typer.echo(f"Ready: metadata_server: {url}")))
 
 
@@ -139,28 +138,10 @@ def _plan(file: Path, overrides: list[str]) -> Plan:
     machine = Machine.detect(visible_gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
     try:
         shape = model_store.shape(source.config)
-        plan = resolve(source.config, machine=machine, shape=shape, cache=_cache(os.environ))
+        plan = resolve(source.config, machine=machine, shape=shape, cache=user_cache(os.environ))
         return replace(plan, problems=tuple(map(source.located, plan.problems)))
     except ConfigError as error:
         raise source.located(error) from error
-
-
-def _cache(environment: Mapping[str, str]) -> Path:
-    """Our part of the user's cache."""
-    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "dynamo-lite"
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Errors we know are a sentence and an exit code, not a traceback."""
-    try:
-        yield
-    except ConfigError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except DynamoError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

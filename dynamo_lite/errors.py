@@ -3,6 +3,8 @@
 DynamoError                500
 ├── ConfigError            —    the YAML file or an override; file, line, column, hint
 ├── StartError             —    a part did not come up; names the part and its log
+├── NotRunning             —    no deployment runs that could be looked at; says what to do
+├── NotThere               —    the running deployment has no such worker or tier
 ├── RequestError           400  the client's request is wrong; names the parameter
 │   ├── ModelNotFound      404
 │   └── BodyTooLarge       413
@@ -63,6 +65,22 @@ class StartError(DynamoError):
     def __init__(self, part: str, reason: str, log: str = "") -> None:
         super().__init__(f"{part}: {reason}" + (f" (log: {log})" if log else ""))
         self.part, self.reason, self.log = part, reason, log
+
+
+class NotRunning(DynamoError):
+    """No deployment runs that could be looked at."""
+
+    kind = "not_running"
+
+    def __init__(self, folder: str, reason: str) -> None:
+        super().__init__(f"{reason} ({folder})")
+        self.folder, self.reason = folder, reason
+
+
+class NotThere(DynamoError):
+    """The running deployment does not have what a command names."""
+
+    kind = "not_there"
 
 
 class RequestError(DynamoError):

@@ -10,8 +10,54 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from dynamo_lite.config import ProcessSpec
-from dynamo_lite.errors import StartError
+from pydantic import BaseModel, ValidationError
+
+from dynamo_lite.config import EtcdAddress, NatsAddress, ProcessSpec
+from dynamo_lite.errors import NotRunning, StartError
+
+
+class RunProcess(BaseModel, frozen=True):
+    """One of `Run`."""
+
+    name: str
+    role: str
+
+
+class Run(BaseModel, frozen=True):
+    """What `run.json` tells of a running deployment, as far as its operators' commands need it."""
+
+    pid: int
+    namespace: str
+    nats: NatsAddress
+    etcd: EtcdAddress
+    processes: tuple[RunProcess, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Of the deployment with that state folder. Raises NotRunning."""
+        nothing = "nothing runs here: start it with `dynamo-lite serve FILE`, or name the FILE that it was started with"
+        try:
+            run = cls.model_validate_json((folder / "run.json").read_bytes())
+        except FileNotFoundError:
+            raise NotRunning(str(folder), nothing) from None
+        except OSError as error:  # it holds passwords
+            reason = f"run.json cannot be read ({error.strerror}): be the user who started the deployment"
+            raise NotRunning(str(folder), reason) from error
+        except ValidationError:  # whose text would have the passwords in it
+            raise NotRunning(str(folder), "run.json is of another version of dynamo-lite") from None
+        if not _lives(run.pid):
+            raise NotRunning(str(folder), nothing)
+        return run
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 class StateFolder:

@@ -43,6 +43,7 @@ class BlockManager:
         self._ranks = ranks
         self._filling: dict[int, _Filling] = {}  # by slot
         self._pins: dict[str, list[Stored]] = {}  # by owner
+        self._lent: set[int] = set()  # slots
         self._events: list[KvEvent] = []
         self._lost: list[FullHash] = []
         self._gained: list[FullHash] = []
@@ -59,7 +60,20 @@ class BlockManager:
 
     @property
     def granted(self) -> int:
-        return self._host.granted
+        """Slots that the engine has."""
+        return self._host.granted - len(self._lent)
+
+    def lend(self, count: int) -> list[int]:
+        """Up to `count` slots for whoever needs some memory of this tier for a while; `give_back` must follow."""
+        slots = self.grant(count)
+        self._lent.update(slots)
+        return slots
+
+    def give_back(self, slots: Sequence[int]) -> None:
+        """Slots that were lent; nobody touches them any more."""
+        for slot in slots:
+            self._lent.remove(slot)
+            self._host.give_back(slot)
 
     def filled(self, slot: int, block_hash: FullHash, rank: int, well: bool) -> bool:
         """One rank has filled its share, or (not `well`) will not. True once the slot holds the block: `store` follows.
@@ -172,6 +186,10 @@ class BlockManager:
     def stored(self) -> int:
         return self._host.stored
 
+    def hashes(self) -> tuple[FullHash, ...]:
+        """Of every block that is stored."""
+        return self._host.hashes()
+
     @property
     def pinned(self) -> dict[str, int]:
         """Blocks by owner."""
@@ -198,7 +216,8 @@ class BlockManager:
     def check(self) -> None:
         """Assert the invariants; for tests."""
         self._host.check()
-        assert len(self._filling) <= self._host.granted
+        assert len(self._filling) <= self.granted
+        assert not self._lent & self._filling.keys()
         pinned = [block for blocks in self._pins.values() for block in blocks]
         assert all(block.pins > 0 for block in pinned)
 

@@ -191,6 +191,43 @@ class Storage:
                 self._manager.arrived(block, checksum)
         self._changed()
 
+    async def verify(self, records: Sequence[HostRecord]) -> list[bool | None]:
+        """Whether these blocks are what was stored; None: one is here no more. What is wrong is dropped and counted.
+
+        Their slots are for reading into, and nobody else's until this returns or raises. Raises TierFailed.
+        """
+        if not self.on:
+            raise TierFailed(self.tier.tier, "off", f"the {self.name} tier is off")
+        size = len(records) * self._records.layout.bytes
+        self.queued += size
+        try:
+            there = await self.tier.read(records, use=False)
+        except TierFailed as error:
+            self._turn_off(error)
+            raise
+        finally:
+            self.queued -= size
+        checksums = await self._records.proven(records)
+        for record, came, checksum in zip(records, there, checksums, strict=True):
+            if came and checksum is None:
+                await self._corrupt(record.hash)
+        self._changed()
+        return [checksum is not None if came else None for came, checksum in zip(there, checksums, strict=True)]
+
+    async def purge(self) -> int:
+        """Remove every block, and what waits to be written here; returns how many were here. Raises TierFailed."""
+        async with self._writing:
+            self._waiting.clear()
+            try:
+                blocks = await self.tier.purge()
+                await self.tier.sync()
+            except TierFailed as error:
+                self._turn_off(error)
+                raise
+            finally:
+                self._changed()
+            return blocks
+
     async def _corrupt(self, block_hash: FullHash) -> None:
         self.counts.corrupt += 1
         _log.error("a block of the %s tier is not what was stored: dropped, and computed again", self.name)

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from dynamo_lite.plane.kv_wire import KvAsk, KvTold
 from dynamo_lite.plane.wire import Fingerprint, PushTarget, RequestId, Sampling, TokenLogprob
 from kvbm.events import KvEvent, Tier
 from kvbm.policy import PullCost
@@ -155,6 +156,7 @@ class TierLoad:
     corrupt: int  # dropped, as their content was not what was stored
     waiting: int = 0  # to be written here
     on: bool = True  # it works
+    blocks: int = 0  # that can be found here
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +214,10 @@ class Engine(Protocol):
         ...
 
     def load(self) -> EngineLoad: ...
+
+    async def kv_admin(self, ask: KvAsk) -> KvTold:
+        """Tell an operator of the blocks here, or act on them. Raises RequestError, WorkerError."""
+        ...
 
     async def answering(self) -> None:
         """Returns at once while the engine's processes run, otherwise, when they are frozen, once they do again."""

@@ -12,6 +12,7 @@ from dynamo_lite.config import ProcessSpec
 from dynamo_lite.errors import ProtocolMismatch, WorkerError, WorkerLost
 from dynamo_lite.plane.bus import Bus, Message, Subscription
 from dynamo_lite.plane.discovery_set import Registry
+from dynamo_lite.plane.kv_wire import KvAnswer, KvRequest
 from dynamo_lite.plane.wire import Cancel, Incarnation, InstanceRecord, Pong, Role, Subjects, decode, encode
 from dynamo_lite.status import Phase
 from workers.deltas import DeltaSender
@@ -125,6 +126,7 @@ class Service:
         await bus.subscribe(subjects.cancel(me), self._cancel)
         await bus.serve(subjects.ping(me), self._pong, self._group)
         await bus.serve(subjects.snapshot(me), self._reports.snapshot, self._group)
+        await bus.serve(subjects.kv_admin(me), self._kv_admin, self._group)
         if self._record.role.decodes:
             await bus.subscribe(subjects.bounced(me), self._requests.bounced)
             await bus.subscribe(subjects.first_token(me), self._requests.first_token)
@@ -174,6 +176,9 @@ class Service:
     async def _pong(self, _: bytes) -> bytes:
         await self._engine.answering()  # a worker whose engine is frozen is as good as frozen
         return encode(Pong(self._record.incarnation))
+
+    async def _kv_admin(self, data: bytes) -> bytes:
+        return encode(KvAnswer(await self._engine.kv_admin(decode(data, KvRequest).ask)))
 
     def _cancel(self, message: Message) -> None:
         try:

@@ -13,6 +13,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from dynamo_lite.config import ProcessSpec
 from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerError
+from dynamo_lite.plane.kv_wire import KvAsk, KvTold
 from dynamo_lite.plane.layout import KvLayout
 from dynamo_lite.plane.wire import Fingerprint, Incarnation, PushTarget, Role, Sampling
 from kvbm.events import KvEvent, Tier
@@ -25,6 +26,7 @@ from workers.metrics import SimMetrics
 from workers.sim_pace import Pace
 from workers.sim_scheduler import Scheduler, Sequence, Step
 from workers.sim_tokens import Sampler, SimModel
+from workers.tiers.admin import KvAdmin
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class SimEngine:
         self._work = asyncio.Event()
         self._events: asyncio.Queue[tuple[KvEvent, ...]] = asyncio.Queue()
         self._ledger = BlockLedger()  # as of the events handed out
+        self._admin = KvAdmin(self.load, self._ledger.snapshot)
         self._loop: asyncio.Task[None] | None = None
         self._reason = ""
         self._dead = asyncio.Event()
@@ -196,6 +199,9 @@ class SimEngine:
         return EngineLoad(
             self._scheduler.running, self._scheduler.waiting, self._pool.pinned, self._pool.size, dict(self._holds)
         )
+
+    async def kv_admin(self, ask: KvAsk) -> KvTold:
+        return await self._admin.answer(ask)
 
     # -- sequences
 

@@ -23,6 +23,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from dynamo_lite.config import ProcessSpec, WorkerGroup
 from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerError
+from dynamo_lite.plane.kv_wire import KvAsk, KvTold
 from dynamo_lite.plane.wire import Fingerprint, Incarnation, Role, Sampling
 from dynamo_lite.tasks import background, scope
 from kvbm.errors import TierRefused
@@ -61,6 +62,7 @@ from workers.kv_feed import KvFeed
 from workers.pulse import Pulse
 from workers.pushes import Pushes
 from workers.receives import Receive, Receives
+from workers.tiers.admin import KvAdmin
 from workers.tiers.onboarding import Onboarding
 from workers.tiers.place import place_of
 from workers.tiers.tiers import Tiers
@@ -101,6 +103,7 @@ class VllmEngine:
         self._stats.prefilled = self._computed
         self._blocks = self._block_bytes = 0
         self._tiers: Tiers | None = None
+        self._admin: KvAdmin | None = None
         self._arena = ""
 
     # ---- life ----
@@ -142,6 +145,7 @@ class VllmEngine:
         self._feed = KvFeed(self._channel.endpoint("events"), self._channel.endpoint("replay"))
         if self._tiers is not None:
             await self._start_tiers(self._tiers, fingerprint, self._feed)
+        self._admin = KvAdmin(self.load, self._feed.snapshot, self._tiers)
         self._block_bytes = fingerprint.block_bytes * self._ranks
         return EngineInfo(
             fingerprint,
@@ -428,3 +432,7 @@ class VllmEngine:
             stats.running, stats.waiting, used, self._blocks, held, held_bytes, staged, peers,
             self._tiers.load() if self._tiers is not None else (),
         )  # fmt: skip
+
+    async def kv_admin(self, ask: KvAsk) -> KvTold:
+        assert self._admin is not None, "the engine was not started"
+        return await self._admin.answer(ask)

@@ -1,4 +1,4 @@
-"""Every message that crosses a process, and the NATS subjects they travel on.
+"""Every message that crosses a process, and the NATS subjects they travel on; those of operators are in `kv_wire`.
 
 All structs are msgpack (msgspec), frozen, and carry no KV bytes. `encode` prefixes the protocol version;
 `decode` refuses any other by name. Times on the wire are durations, never wall-clock instants, so hosts need
@@ -329,6 +329,10 @@ class Subjects:
     def snapshot(self, worker: Incarnation) -> str:
         """Empty → KvSnapshot (the bus splits what is over NATS's payload limit)."""
         return f"{self.root}.w.{worker}.snapshot"
+
+    def kv_admin(self, worker: Incarnation) -> str:
+        """`kv_wire.KvRequest` → KvAnswer."""
+        return f"{self.root}.w.{worker}.kv"
 
     def kv_events(self, worker: str = "*") -> str:
         """KvEventBatch, published by workers."""

@@ -72,10 +72,12 @@ class StorageTier(Protocol):
         """
         ...
 
-    async def read(self, records: Sequence[HostRecord]) -> list[bool]:
+    async def read(self, records: Sequence[HostRecord], *, use: bool = True) -> list[bool]:
         """Read records into host slots; for each, whether its bytes are there now, to be judged by the caller.
 
-        One that is here no more (evicted, deleted by somebody) is forgotten and gives False. Raises TierFailed.
+        One that is here no more (evicted, deleted by somebody) is forgotten and gives False. Without `use` they are
+        only looked at: that changes nothing about which blocks are kept, and they may go meanwhile, which gives False.
+        Raises TierFailed.
         """
         ...
 
@@ -103,6 +105,11 @@ class StorageTier(Protocol):
     @property
     def evicted(self) -> int:
         """Blocks that had to make room, since the start."""
+        ...
+
+    @property
+    def blocks(self) -> int:
+        """That can be found."""
         ...
 
     @property

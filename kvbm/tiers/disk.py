@@ -132,8 +132,12 @@ class DiskTier:
         return self._evicted
 
     @property
+    def blocks(self) -> int:
+        return self._volume.table.stored if self._volume is not None else 0
+
+    @property
     def used_bytes(self) -> int:
-        return self._volume.table.stored * self._settings.stride if self._volume is not None else 0
+        return self.blocks * self._settings.stride
 
     @property
     def size_bytes(self) -> int:
@@ -195,12 +199,12 @@ class DiskTier:
             volume.table.store(entry.place, entry.hash, 0)
             self._stored[entry.hash] = None
 
-    async def read(self, records: Sequence[HostRecord]) -> list[bool]:
+    async def read(self, records: Sequence[HostRecord], *, use: bool = True) -> list[bool]:
         """See StorageTier."""
         volume = self._open_volume()
         found = [(record, volume.table.find(record.hash)) for record in records]
         here = [(record, block) for record, block in found if block is not None]
-        blocks = [block for _, block in here]
+        blocks = [block for _, block in here] if use else []
         volume.table.pin(blocks)
         try:
             for part in self._parts(here):
@@ -209,7 +213,8 @@ class DiskTier:
             volume.table.unpin(blocks)
         if volume is self._volume:
             self.used([block.hash for block in blocks])
-        return [block is not None for _, block in found]
+        # Those that were not pinned are themselves the proof that their places were not written to meanwhile.
+        return [block is not None and (use or volume.table.find(record.hash) is block) for record, block in found]
 
     async def _read_part(self, volume: Volume, part: Sequence[tuple[HostRecord, Stored]]) -> None:
         self._check_same(volume)

@@ -169,9 +169,13 @@ class ObjectTier:
         return self._catalog.changes()
 
     @property
-    def used_bytes(self) -> int:
+    def blocks(self) -> int:
         """Of all who use the namespace, as far as known."""
-        return len(self._catalog) * self._records.bytes
+        return len(self._catalog)
+
+    @property
+    def used_bytes(self) -> int:
+        return self.blocks * self._records.bytes
 
     # ---- blocks ----
 
@@ -187,7 +191,7 @@ class ObjectTier:
                 await self._blobs.put(self._key(record.hash), record.slot)
                 self._catalog.wrote(record.hash)
 
-    async def read(self, records: Sequence[HostRecord]) -> list[bool]:
+    async def read(self, records: Sequence[HostRecord], *, use: bool = True) -> list[bool]:
         here = [False] * len(records)
 
         async def read(index: int, record: HostRecord) -> None:

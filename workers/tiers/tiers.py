@@ -342,7 +342,7 @@ class Tiers:
         used = self.manager.stored * self.records.layout.stride
         host = TierLoad(
             Tier.HOST, used, self.memory.size, self._hits, self._misses, counts.offloaded, counts.onboarded,
-            counts.evicted, counts.missed, counts.corrupt,
+            counts.evicted, counts.missed, counts.corrupt, blocks=self.manager.stored,
         )  # fmt: skip
         return (host, *(_load_of(storage) for storage in self.storages))
 
@@ -354,5 +354,5 @@ def _load_of(storage: Storage) -> TierLoad:
     tier, counts = storage.tier, storage.counts
     return TierLoad(
         tier.tier, tier.used_bytes, tier.size_bytes, counts.hits, counts.misses, counts.offloaded, counts.onboarded,
-        tier.evicted, counts.missed, counts.corrupt, storage.waiting, storage.on,
+        tier.evicted, counts.missed, counts.corrupt, storage.waiting, storage.on, tier.blocks,
     )  # fmt: skip

@@ -88,3 +88,42 @@ def test_a_transport_that_this_host_lacks_is_refused_at_its_line_before_anything
     checked = CliRunner().invoke(app, ["check", str(file)])
     assert checked.exit_code == 0
     assert f"this host cannot serve it: {file}:2:3: cuda_ipc does not reach host memory" in checked.output
+
+
+@pytest.mark.parametrize("command", [["stats"], ["ls"], ["verify"], ["purge", "--all", "--yes"]])
+@pytest.mark.parametrize("file", [None, CONFIGS / "sim.yaml"])
+def test_kv_says_what_to_do_where_nothing_runs(command: list[str], file: Path | None, cache: Path) -> None:
+    result = CliRunner().invoke(app, ["kv", *command, *([str(file)] if file else [])])
+    assert result.exit_code == 1
+    assert "nothing runs here: start it with `dynamo-lite serve FILE`" in result.output
+    assert str(cache / "dynamo-lite" / "state") in result.output
+
+
+def test_kv_looks_where_the_file_and_its_overrides_say(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["kv", "stats", "--set", "namespace=other"])
+    assert str(tmp_path / "dynamo-lite" / "state" / "other") in result.output
+    result = CliRunner().invoke(app, ["kv", "stats", str(tmp_path / "none.yaml")])
+    assert result.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ([], "give one of --tier and --all"),
+        (["--all", "--tier", "disk", "--yes"], "give one of --tier and --all"),
+        (["--all"], "nobody is here to be asked: give --yes"),
+        (["--tier", "device", "--yes"], "device"),
+    ],
+)
+def test_kv_purge_drops_nothing_by_mistake(options: list[str], told: str) -> None:
+    result = CliRunner().invoke(app, ["kv", "purge", *options])
+    assert result.exit_code == 2
+    assert told in result.output
+
+
+@pytest.mark.parametrize("command", ["stats", "ls", "verify", "purge"])
+def test_help_of_kv_teaches(command: str) -> None:
+    assert command in CliRunner().invoke(app, ["kv", "--help"]).output
+    result = CliRunner().invoke(app, ["kv", command, "--help"])
+    assert result.exit_code == 0
+    assert "--worker" in result.output

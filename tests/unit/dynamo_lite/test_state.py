@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dynamo_lite.config import Config, EtcdAddress, NatsAddress, ProcessSpec
-from dynamo_lite.errors import StartError
-from dynamo_lite.state import StateFolder
+from dynamo_lite.errors import NotRunning, StartError
+from dynamo_lite.state import Run, StateFolder
 
 
 def spec(folder: Path) -> ProcessSpec:
@@ -63,3 +63,36 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StartError, match="cannot be used: Not a directory"):
         StateFolder.claim(tmp_path / "file" / "state").__enter__()
+
+
+RUN = {
+    "pid": os.getpid(),
+    "namespace": "n",
+    "nats": {"url": "nats://127.0.0.1:1", "user": "u", "password": "secret"},
+    "etcd": {"endpoints": ["http://127.0.0.1:2"]},
+    "processes": [{"name": "decode-0", "role": "decode", "pid": 1, "ready": True}],
+    "more": "than is needed",
+}
+
+
+def test_what_runs_is_read_back(tmp_path: Path) -> None:
+    with StateFolder.claim(tmp_path) as state:
+        state.write_run(RUN)
+        run = Run.read(tmp_path)
+    assert (run.namespace, run.nats.password, run.processes[0].name) == ("n", "secret", "decode-0")
+
+
+@pytest.mark.parametrize("pid", [None, 2**22 + 1])  # the latter is more than Linux ever gives
+def test_of_what_does_not_run_it_is_said_what_to_do(pid: int | None, tmp_path: Path) -> None:
+    if pid is not None:
+        (tmp_path / "run.json").write_text(json.dumps(RUN | {"pid": pid}))
+    with pytest.raises(NotRunning, match=rf"nothing runs here: start it with `dynamo-lite serve FILE`.*\({tmp_path}\)"):
+        Run.read(tmp_path)
+
+
+def test_a_run_file_of_another_version_is_refused_without_its_passwords(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(RUN | {"namespace": None}))
+    with pytest.raises(NotRunning, match="another version") as caught:
+        Run.read(tmp_path)
+    assert "secret" not in str(caught.value)
+    assert caught.value.__cause__ is None

@@ -76,7 +76,7 @@ class MemoryTier:
             self.content[record.hash] = bytes(self._records.view(record.slot))
         return len(stored)
 
-    async def read(self, records: Sequence[HostRecord]) -> list[bool]:
+    async def read(self, records: Sequence[HostRecord], *, use: bool = True) -> list[bool]:
         await self._work()
         for record in records:
             if record.hash in self.content:
@@ -105,8 +105,12 @@ class MemoryTier:
         return Changes(tuple(now - before), tuple(before - now))
 
     @property
+    def blocks(self) -> int:
+        return len(self.content)
+
+    @property
     def used_bytes(self) -> int:
-        return len(self.content) * STRIDE
+        return self.blocks * STRIDE
 
     @property
     def size_bytes(self) -> int:

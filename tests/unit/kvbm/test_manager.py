@@ -100,6 +100,22 @@ def test_a_block_that_comes_is_not_evicted_while_it_comes() -> None:
     assert manager.grant(1) == [block.slot]
 
 
+def test_slots_that_were_lent_are_nobodys_until_they_are_given_back() -> None:
+    manager = BlockManager(3, ranks=1)
+    offload(manager, 1, 2)
+    lent = manager.lend(2)
+    assert len(lent) == 2
+    assert manager.granted == 0, "the engine has none of them"
+    assert manager.lost() == [named(1)]
+    assert manager.hashes() == (named(2),)
+    manager.check()
+    manager.give_back(lent)
+    manager.check()
+    assert set(manager.grant(2)) == set(lent), "without evicting anything else"
+    assert manager.lost() == []
+    assert manager.counts.missed == 0
+
+
 class Managers(RuleBasedStateMachine):
     """What the events and `lost` say is what can be matched."""
 
@@ -110,10 +126,20 @@ class Managers(RuleBasedStateMachine):
         self.told: set[int] = set()
         self.owners = 0
         self.expected: list[Stored] = []
+        self.lent: list[int] = []
 
     @rule(count=st.integers(0, 5))
     def grant(self, count: int) -> None:
         self.granted += self.manager.grant(count)
+
+    @rule(count=st.integers(0, 3))
+    def lend(self, count: int) -> None:
+        self.lent += self.manager.lend(count)
+
+    @rule()
+    def give_back(self) -> None:
+        self.manager.give_back(self.lent)
+        self.lent = []
 
     @precondition(lambda self: self.granted)
     @rule(number=st.integers(0, 6), well=st.booleans())

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from kvbm.errors import TierFailed
 from kvbm.events import BlocksRemoved, BlocksStored, KvEvent, Tier
 from kvbm.hashing import FullHash, low64
 from kvbm.manager import BlockManager
@@ -280,3 +281,54 @@ async def test_the_time_of_reads_is_learnt_with_what_was_queued_before_them() ->
         assert all(read.done() for read in reads)
         assert storage.queued == 0
     assert cost.forecast([Part(Tier.DISK, 1)], 1, 1).onboard_s is None, "a read that failed says nothing"
+
+
+async def test_blocks_that_are_verified_are_right_wrong_or_gone_and_the_wrong_ones_go() -> None:
+    async with world() as here:
+        await here.to_host(1, 2, 3)
+        await here.until(lambda: here.storage.counts.offloaded == 3)
+        here.events()
+        here.tier.content[named(2)] = here.tier.content[named(2)][:-1] + b"x"
+        del here.tier.content[named(3)]
+        slots = here.manager.lend(3)
+        records = [HostRecord(named(number), slot) for number, slot in zip((1, 2, 3), slots, strict=True)]
+        assert await here.storage.verify(records) == [True, False, None]
+        here.manager.give_back(slots)
+        assert here.storage.counts.corrupt == 1
+        assert here.storage.queued == 0
+        assert set(here.tier.content) == {named(1)}
+        assert BlocksRemoved((low64(named(2)), low64(named(3))), Tier.DISK) in [
+            BlocksRemoved(tuple(sorted(event.hashes)), event.tier)
+            for event in here.events()
+            if isinstance(event, BlocksRemoved)
+        ]
+
+
+@pytest.mark.parametrize("act", ["verify", "purge"])
+async def test_a_tier_that_fails_an_operator_is_off(act: str) -> None:
+    async with world() as here:
+        await here.to_host(1)
+        await here.until(lambda: here.storage.counts.offloaded == 1)
+        here.tier.failure = "denied"
+        record = HostRecord(named(1), here.manager.lend(1)[0])
+        with pytest.raises(TierFailed, match="denied"):
+            await (here.storage.purge() if act == "purge" else here.storage.verify([record]))
+        assert not here.storage.on
+        with pytest.raises(TierFailed, match="is off"):
+            await here.storage.verify([record])
+        here.manager.give_back([record.slot])
+
+
+async def test_a_purge_waits_for_what_is_being_written_and_removes_that_too() -> None:
+    async with world() as here:
+        here.tier.gate.clear()
+        await here.to_host(1)
+        await here.tier.writing.wait()
+        await here.to_host(2)
+        async with asyncio.TaskGroup() as group:
+            purging = group.create_task(here.storage.purge())
+            here.tier.gate.set()
+        assert purging.result() == 1
+        assert not here.tier.content
+        assert here.storage.waiting == 0
+        assert here.tier.syncs >= 1, "it lasts"

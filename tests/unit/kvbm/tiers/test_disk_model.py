@@ -65,13 +65,15 @@ class DiskTiers(RuleBasedStateMachine):
         )
         assert self.tier.evicted == evicted + len(gone)
 
-    @rule(numbers=NUMBERS)
-    def read(self, numbers: list[int]) -> None:
+    @rule(numbers=NUMBERS, use=st.booleans())
+    def read(self, numbers: list[int], use: bool) -> None:
         self.host.wipe()
-        assert self.runner.run(self.tier.read(wanted(numbers))) == [number in self.model for number in numbers]
+        there = self.runner.run(self.tier.read(wanted(numbers), use=use))
+        assert there == [number in self.model for number in numbers]
         for slot, number in enumerate(numbers):
             assert number not in self.model or self.host.holds(slot, number, self.model[number])
-        self._use(numbers)
+        if use:
+            self._use(numbers)
 
     @rule(numbers=st.lists(st.integers(0, 9), unique=True))
     def used(self, numbers: list[int]) -> None:
