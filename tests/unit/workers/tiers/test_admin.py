@@ -23,7 +23,7 @@ from dynamo_lite.plane.kv_wire import (
 )
 from kvbm.events import BlocksRemoved, Tier
 from kvbm.hashing import FullHash, low64
-from tests.unit.workers.test_tiers import (
+from tests.unit.workers.tiers.test_tiers import (
     BYTES,
     HASHES,
     PROMPT,
