@@ -237,7 +237,7 @@ class CandidatePrefill:
         prompt = self._prompt
         return PrefillRequest(
             prompt.request_id,
-            prompt.token_ids[: self._end],
+            prompt.token_ids[: self._end + 1],
             target,
             prompt.cache_salt,
             max(1, int(left_s * 1000)),
