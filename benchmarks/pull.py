@@ -69,6 +69,7 @@ class Pulls:
             computed = self._deployment.complete(prompt)
             self._until_indexed(before + PROMPT_TOKENS // BLOCK)
             pulled = self._deployment.complete(prompt)
+            self._deployment.complete(prompt[:1])  # workers take turns: next time each has the other part
             if pulled.cached_tokens:
                 continue  # it went to the same worker
             decode, transfer = self._span("decode", pulled.trace_id), self._span("kv.transfer", pulled.trace_id)

@@ -1,7 +1,7 @@
 """Whether to read a prefix from the tiers, to pull it from another worker, or to compute it again, from what each has
 taken lately.
 
-Only what the ways do not share is compared: all of them wait for the engine's next step.
+Only what the ways do not share is compared: each of them waits for the engine's next step.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class OnboardCost:
 
 @dataclass(frozen=True, slots=True)
 class PullForecast:
-    """Seconds until the whole prompt is here; None where nothing was measured yet, or where there is no such way."""
+    """Seconds until the first token; None where nothing was measured yet, or where there is no such way."""
 
     pull_s: float | None  # what another worker holds of it, and the rest computed here
     rest_s: float  # of that, the rest, as far as is known
@@ -159,16 +159,22 @@ class PullForecast:
 class PullCost:
     """What prompts have taken on one worker, by where their KV came from."""
 
-    _latency: Line = field(default_factory=Line)  # of pulls: all but the time in which bytes moved
+    _latency: Line = field(default_factory=Line)  # of pulls: all but moving bytes and computing the rest
     _move: Line = field(default_factory=Line)
     _compute: Line = field(default_factory=Line)
     _remote: Line = field(default_factory=Line)
     _refused: int = 0
 
-    def pulled(self, size: int, seconds: float, moving_s: float) -> None:
-        """A prefix of `size` bytes was here so long after it was asked for; it was under way for `moving_s` of that."""
+    def pulled(self, size: int, rest: int, seconds: float, moving_s: float) -> None:
+        """The first token came so long after a prefix was asked for.
+
+        Of that its `size` bytes were under way for `moving_s`, and then the `rest` of the prompt was computed, in tokens.
+        """
+        rest_s = self._compute.seconds_for(rest)
+        if rest_s is None and rest >= _LEAST_TOKENS:
+            return  # how much of it was the pull's cannot be told yet
         self._move.add(size, moving_s)
-        self._latency.add(1, max(0.0, seconds - moving_s))
+        self._latency.add(1, max(0.0, seconds - moving_s - (rest_s or 0.0)))
 
     def pull_failed(self, seconds: float) -> None:
         """It was waited for in vain."""
@@ -180,7 +186,7 @@ class PullCost:
             self._compute.add(tokens, seconds)
 
     def prefilled(self, tokens: int, seconds: float) -> None:
-        """That many tokens were here so long after a prefill worker was asked for them."""
+        """The first token came so long after a prefill worker was asked for that many of the prompt's."""
         if tokens >= _LEAST_TOKENS and seconds > 0:
             self._remote.add(tokens, seconds)
 

@@ -128,7 +128,7 @@ class PrefillJob:
     timeout_s: float = 600.0
     sampling: Sampling | None = None  # how to choose the token after it
     first_token: Callable[[int], None] | None = None  # called with that token, long before the push has ended
-    only_held: bool = False  # a pull: to be refused ("not held", "busy") where it would mean more than a block's work
+    only_held: bool = False  # a pull: to be refused ("not held", "busy") where a block would have to be computed
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,8 @@ class CandidatePrefill:
         self._pull: Pull | None = None  # decided upon
         self._end = len(prompt.token_ids)  # of what is asked for
         self._began = 0.0  # when it was asked for; monotonic seconds
-        self._first_s: float | None = None  # how long the first token took from then on
+        self._first_s: float | None = None  # how long the sequence's first token took from then on
+        self._report: TransferReport | None = None  # of what has come
         self._tokens = 0  # asked for
         self._asked: Incarnation | None = None
         self._asking = False
@@ -165,8 +166,6 @@ class CandidatePrefill:
 
     def _heard(self, first_token: Callable[[int], None], token_id: int) -> None:
         self.chose = True
-        if self._first_s is None:
-            self._first_s = time.monotonic() - self._began
         first_token(token_id)
 
     def stop(self) -> None:
@@ -183,7 +182,8 @@ class CandidatePrefill:
 
     def transferred(self, report: TransferReport) -> None:
         self._plane.metrics.transferred("in", report)
-        self._measured(report)
+        self._report = report
+        self._measure()
         attributes: dict[str, AttributeValue] = {
             "bytes": report.bytes,
             "blocks": report.blocks,
@@ -194,13 +194,22 @@ class CandidatePrefill:
         }
         record_span("kv.transfer", self._span, report.started_ns, report.ended_ns, attributes)
 
-    def _measured(self, report: TransferReport) -> None:
-        """For later decisions: what this way has taken."""
-        cost, seconds = self._plane.pulls.cost, time.monotonic() - self._began
+    def answered(self) -> None:
+        """The sequence has its first token, whoever chose it."""
+        if self._first_s is None:
+            self._first_s = time.monotonic() - self._began
+            self._measure()
+
+    def _measure(self) -> None:
+        """For later decisions: what this way has taken. The token may come before the reply that ends the transfer."""
+        report, cost = self._report, self._plane.pulls.cost
+        if report is None or self._first_s is None:
+            return
         if self._pulling:
-            cost.pulled(report.bytes, seconds, (report.ended_ns - report.started_ns) / 1e9)
-        else:  # where the candidate chose the first token, the client had it before the KV was here
-            cost.prefilled(self._tokens, seconds if self._first_s is None else self._first_s)
+            rest, moving_s = len(self._prompt.token_ids) - self._end, (report.ended_ns - report.started_ns) / 1e9
+            cost.pulled(report.bytes, rest, self._first_s, moving_s)
+        else:
+            cost.prefilled(self._tokens, self._first_s)
 
     async def _call(self, worker: Incarnation, target: PushTarget, wants_token: bool) -> PrefillReply:
         """The reply of one candidate; every failure is a PrefillFailed."""
@@ -237,7 +246,7 @@ class CandidatePrefill:
         prompt = self._prompt
         return PrefillRequest(
             prompt.request_id,
-            prompt.token_ids[: self._end],
+            prompt.token_ids[: self._end + 1],
             target,
             prompt.cache_salt,
             max(1, int(left_s * 1000)),

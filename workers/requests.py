@@ -227,6 +227,8 @@ class Requests:
         try:
             async with aclosing(self._serving.engine.generate(job)) as outputs:
                 async for output in outputs:
+                    if isinstance(remote, CandidatePrefill):
+                        remote.answered()
                     self._pass_on(state, index, output)
         finally:
             reason = remote.reason if isinstance(remote, CandidatePrefill) else NO_CANDIDATES
@@ -273,7 +275,7 @@ class Requests:
 
 
 def _predicted(remote: RemotePrefill | None) -> dict[str, AttributeValue]:
-    """Seconds until the prompt is here, by each way there was a prediction for."""
+    """Seconds until the first token, by each way there was a prediction for."""
     forecast = remote.forecast if isinstance(remote, CandidatePrefill) else None
     if forecast is None:
         return {}

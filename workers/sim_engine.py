@@ -149,8 +149,8 @@ class SimEngine:
     async def prefill(self, job: PrefillJob) -> Prefilled:
         sequence = Sequence(job.request_id, list(job.token_ids), _PROMPT_ONLY, None, job.cache_salt)
         end = job.target.first_token + job.target.tokens
-        if end != len(job.token_ids):
-            raise PrefillFailed("mismatch", f"the target ends after {end} tokens, the prompt elsewhere")
+        if end > len(job.token_ids):
+            raise PrefillFailed("mismatch", f"the target ends after {end} tokens, the prompt before")
         if job.only_held:
             self._require_held(job)
         try:
@@ -172,7 +172,7 @@ class SimEngine:
             raise PrefillFailed("engine", str(error)) from error
 
     def _require_held(self, job: PrefillJob) -> None:
-        """Raises PrefillFailed where it would take more than a block's work, or a wait."""
+        """Raises PrefillFailed where a block would have to be computed, or waited for."""
         if self._scheduler.waiting:
             raise PrefillFailed("busy")
         most = (len(job.token_ids) - 1) // self._block_size  # the last token is computed in any case

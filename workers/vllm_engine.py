@@ -365,7 +365,7 @@ class VllmEngine:
             self._onboarded(job.request_id)
 
     def _require_held(self, job: PrefillJob, onboarding: Onboarding | None) -> None:
-        """Raises PrefillFailed where it would take more than a block's work, or a wait."""
+        """Raises PrefillFailed where a block would have to be computed, or waited for."""
         if self._stats.waiting or self._stats.running >= self._workers.max_num_seqs:
             raise PrefillFailed("busy")
         held = self._local_blocks(job) if onboarding is None else onboarding.end

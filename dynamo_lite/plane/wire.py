@@ -203,7 +203,7 @@ class PushTarget(msgspec.Struct, frozen=True):
     decode: Incarnation
     layout: KvLayout  # of the decode worker
     first_token: int  # of the prompt, at the start of a block of `layout`; what is before it is there already
-    tokens: int  # to push: from there to the end of the `PrefillRequest`'s prompt
+    tokens: int  # to push, from there on: to the prompt's end, or in whole blocks to what is pulled
     ranks: tuple[RankTarget, ...]  # all of the decode worker's; none with the sim engine
 
     @property
@@ -221,13 +221,13 @@ class PrefillRequest(msgspec.Struct, frozen=True):
     """Decode worker → prefill worker, or holder of a prefix: compute what it lacks of this prompt's KV, and push it."""
 
     request_id: RequestId
-    token_ids: list[int]
+    token_ids: list[int]  # of a pull, one more than the target takes: an engine computes at least one token
     target: PushTarget
     cache_salt: str | None = None
     timeout_ms: int = 600_000
     traceparent: str = ""
     sampling: Sampling | None = None  # how to choose the first token, if the decode worker wants it
-    only_held: bool = False  # a pull: of use only if the worker has all of it but for one block of its own
+    only_held: bool = False  # a pull: of use only if the worker has all blocks of it, and need compute but the rest
 
 
 class FirstToken(msgspec.Struct, frozen=True):

@@ -45,7 +45,6 @@ class PushProgress:
 
     request_id: str
     target: PushTarget
-    prompt_tokens: int
     block_ids: list[int] = field(default_factory=list)
     handed_over: int = 0  # tokens of the prompt given to the mover
 
@@ -179,15 +178,16 @@ class SchedulerSide:
         if packed is not None and request.request_id not in self._pushes and not request.num_preemptions:
             target = msgspec.msgpack.decode(packed, type=PushTarget)
             request_id = request.kv_transfer_params[REQUEST_ID]
-            self._pushes[request.request_id] = PushProgress(request_id, target, request.num_prompt_tokens)
+            self._pushes[request.request_id] = PushProgress(request_id, target)
 
     def _step(self, engine_id: str, computed: int) -> None:
         """Hand over what fills blocks of the decode worker's once `computed` tokens are there, and is wanted."""
         push = self._pushes[engine_id]
-        ready = min(computed, push.prompt_tokens)
+        end = push.target.first_token + push.target.tokens
+        ready = min(computed, end)
         size = push.target.layout.block_size
-        if ready < push.prompt_tokens:
-            ready -= ready % size  # its last, partial block goes with the prompt's last token
+        if ready < end:
+            ready -= ready % size  # its last, partial block goes with the last token
         start = max(push.handed_over, push.target.first_token)
         if ready > start:
             first, skipped = divmod(start, self._block_size)

@@ -132,7 +132,7 @@ async def test_a_busy_holder_declines_instead_of_letting_others_wait(fleet: Flee
     second = await fleet.send(there, PROMPT[1:900])
     await fleet.until(lambda: fleet.load(there).waiting > 0)
     request = PrefillRequest(
-        RequestId("pull"), PROMPT[:96], PushTarget(7, there.incarnation, there.fingerprint.layout, 0, 96, ()),
+        RequestId("pull"), PROMPT[:97], PushTarget(7, there.incarnation, there.fingerprint.layout, 0, 96, ()),
         only_held=True,
     )  # fmt: skip
     reply = decode(

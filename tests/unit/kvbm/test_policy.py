@@ -121,7 +121,7 @@ def test_before_anything_is_known_a_prefix_is_pulled() -> None:
 
 def test_a_pull_is_predicted_as_its_latency_its_bytes_and_the_rest_that_is_computed() -> None:
     cost = PullCost()
-    cost.pulled(10 * MB, 0.3, 0.2)
+    cost.pulled(10 * MB, 0, 0.3, 0.2)
     cost.computed(1000, 1.0)
     cost.prefilled(1000, 2.0)
     forecast = cost.forecast(5 * MB, 500, 100, remote=True)
@@ -135,7 +135,7 @@ def test_a_pull_is_predicted_as_its_latency_its_bytes_and_the_rest_that_is_compu
 
 def test_a_short_lead_does_not_pay_for_the_latency_of_a_pull() -> None:
     cost = PullCost()
-    cost.pulled(10 * MB, 0.3, 0.2)
+    cost.pulled(10 * MB, 0, 0.3, 0.2)
     cost.computed(1000, 1.0)
     assert not cost.forecast(MB // 2, 50, 1000, remote=False).pull
 
@@ -151,7 +151,7 @@ def test_an_unmeasured_pull_is_not_tried_where_the_rest_alone_takes_longer_than_
 def test_until_computing_here_was_measured_the_rest_is_taken_to_be_as_fast_as_at_a_prefill_worker() -> None:
     cost = PullCost()
     cost.prefilled(1000, 1.0)
-    cost.pulled(MB, 0.2, 0.1)
+    cost.pulled(MB, 0, 0.2, 0.1)
     forecast = cost.forecast(MB, 500, 500, remote=True)
     assert forecast.compute_s is None
     assert forecast.rest_s == pytest.approx(0.5)
@@ -162,7 +162,7 @@ def test_until_computing_here_was_measured_the_rest_is_taken_to_be_as_fast_as_at
 def test_a_pull_that_was_waited_for_in_vain_counts_against_the_next_one() -> None:
     cost = PullCost()
     cost.computed(1000, 0.1)
-    cost.pulled(MB, 0.01, 0.005)
+    cost.pulled(MB, 0, 0.01, 0.005)
     assert cost.forecast(MB, 1000, 0, remote=False).pull
     cost.pull_failed(2.0)
     refused = [cost.forecast(MB, 1000, 0, remote=False).pull for _ in range(40)]
@@ -175,3 +175,19 @@ def test_short_prompts_say_nothing_of_the_speed_of_computing_anywhere() -> None:
     cost.computed(10, 5.0)
     cost.prefilled(10, 5.0)
     assert cost.forecast(MB, 100, 0, remote=True).otherwise_s is None
+
+
+def test_the_rest_that_followed_a_pull_is_not_counted_as_its_latency() -> None:
+    cost = PullCost()
+    cost.computed(1000, 1.0)
+    cost.pulled(MB, 500, 0.8, 0.2)
+    assert cost.forecast(MB, 500, 0, remote=False).pull_s == pytest.approx(0.1 + 0.2)
+    assert cost.forecast(MB, 500, 500, remote=False).pull_s == pytest.approx(0.8)
+
+
+def test_a_pull_followed_by_a_long_rest_says_nothing_before_it_is_known_how_long_computing_takes() -> None:
+    cost = PullCost()
+    cost.pulled(MB, 500, 0.8, 0.2)
+    assert cost.forecast(MB, 500, 0, remote=False).pull_s is None
+    cost.pulled(MB, 10, 0.3, 0.2)
+    assert cost.forecast(MB, 500, 0, remote=False).pull_s == pytest.approx(0.3)

@@ -35,7 +35,7 @@ def test_whole_blocks_are_pulled_up_to_what_is_held(held: int, prompt: int, here
 
 def test_the_prediction_is_of_the_bytes_that_are_missing_here() -> None:
     cost = PullCost()
-    cost.pulled(20_000, 1.0, 1.0)
+    cost.pulled(20_000, 0, 1.0, 1.0)
     cost.computed(640, 64.0)
     pull = pulls(cost=cost).weigh(640, 1000, 320, remote=False)
     assert pull is not None
@@ -55,7 +55,7 @@ def test_a_holder_is_waited_for_as_long_as_the_other_way_takes() -> None:
 
 def test_a_pull_that_is_predicted_to_be_slower_is_made_only_where_it_always_is() -> None:
     cost = PullCost()
-    cost.pulled(20_000, 5.0, 1.0)
+    cost.pulled(20_000, 0, 5.0, 1.0)
     cost.computed(1000, 1.0)
     chosen = {}
     for mode in ("auto", "always"):

@@ -51,7 +51,8 @@ class Peers:
         candidate = self.candidates.pop(0)
         if isinstance(candidate, PrefillFailed):
             raise candidate
-        job = PrefillJob(RequestId("remote"), self.token_ids[: self.end], target, only_held=self.end is not None)
+        end = len(self.token_ids) if self.end is None else self.end + 1
+        job = PrefillJob(RequestId("remote"), self.token_ids[:end], target, only_held=self.end is not None)
         return (await candidate.prefill(job)).cached_tokens
 
     def stop(self) -> None:
@@ -219,9 +220,9 @@ async def test_a_push_has_a_deadline(engine: MakeEngine) -> None:
     assert_free(prefill)
 
 
-async def test_a_target_of_another_size_is_refused(engine: MakeEngine) -> None:
+async def test_a_target_beyond_the_prompt_is_refused(engine: MakeEngine) -> None:
     prefill = await engine(Role.PREFILL)
-    target = PushTarget(1, Incarnation("d"), LAYOUT, 0, 128, ())
+    target = PushTarget(1, Incarnation("d"), LAYOUT, 0, 131, ())
     with pytest.raises(PrefillFailed) as failure:
         await prefill.prefill(PrefillJob(RequestId("p"), PROMPT, target))
     assert failure.value.cause == "mismatch"
@@ -327,8 +328,8 @@ async def test_a_holder_that_has_lost_the_prefix_declines_and_it_is_computed_her
     alone, here, holder = await engine(), await engine(), await engine()
     await generate(holder, PROMPT[:60])
     target = PushTarget(1, Incarnation("d"), LAYOUT, 0, 96, ())
-    with pytest.raises(PrefillFailed, match="3 of 5 blocks") as caught:
-        await holder.prefill(PrefillJob(RequestId("pull"), PROMPT[:96], target, only_held=True))
+    with pytest.raises(PrefillFailed, match="3 of 6 blocks") as caught:
+        await holder.prefill(PrefillJob(RequestId("pull"), PROMPT[:97], target, only_held=True))
     assert caught.value.cause == "not held"
     remote = Peers([holder], PROMPT, end=96)
     assert text(await generate(here, PROMPT, remote=remote)) == text(await generate(alone, PROMPT))

@@ -68,6 +68,16 @@ def test_half_of_a_large_block_goes_as_soon_as_it_fills_a_small_one() -> None:
     assert last.span.block_ids.tolist() == [101]
 
 
+def test_the_token_beyond_what_is_pulled_is_not_handed_over() -> None:
+    engine = Engine(64, 97, target(32, 32, 96))
+    engine.side.arrived(engine.request)
+    engine.computed = 64
+    (step,) = engine.step(33)
+    assert (step.first, step.span.skipped, step.span.tokens) == (0, 32, 64)
+    assert engine.side.finished(engine.request)
+    assert engine.side.plan(IDLE).cancelled_pushes == []
+
+
 @pytest.mark.parametrize(("computed", "cancelled"), [(40, ["e"]), (100, [])])
 def test_a_prompt_that_ends_before_all_of_it_was_handed_over_is_cancelled(computed: int, cancelled: list[str]) -> None:
     engine = Engine(16, 100, target(32, 0, 100))
