@@ -142,6 +142,7 @@ class SimEngine:
     # -- work
 
     async def generate(self, job: Job) -> AsyncGenerator[Output, None]:
+        self._check(job.token_ids, self._max_model_len - 1)
         seed = job.sampling.seed if job.sampling.seed is not None else secrets.randbits(63)
         sampler = Sampler(self._shape, job.sampling, seed)
         sequence = Sequence(job.request_id, list(job.token_ids), job.sampling, sampler, job.cache_salt)
@@ -169,11 +170,12 @@ class SimEngine:
                     return
 
     async def prefill(self, job: PrefillJob) -> Prefilled:
-        sequence = Sequence(job.request_id, list(job.token_ids), _PROMPT_ONLY, None, job.cache_salt)
         end = job.target.first_token + job.target.tokens
         if end != len(job.token_ids):
             raise PrefillFailed("mismatch", f"the target ends after {end} tokens, the prompt elsewhere")
         try:
+            self._check(job.token_ids, self._max_model_len)
+            sequence = Sequence(job.request_id, list(job.token_ids), _PROMPT_ONLY, None, job.cache_salt)
             async with asyncio.timeout(job.timeout_s):
                 with self._enrolled(sequence) as inbox:
                     await self._take(inbox)
@@ -220,7 +222,6 @@ class SimEngine:
     @contextmanager
     def _enrolled(self, sequence: Sequence) -> Iterator[Inbox]:
         """The scheduler has the sequence while the body runs; at its end, however it comes, the blocks are free."""
-        self._check(sequence)
         if self._tiers is not None:
             self._tiers.used(sequence.hashes(self._block_size))
         inbox: Inbox = asyncio.Queue()
@@ -234,18 +235,21 @@ class SimEngine:
             self._scheduler.remove(sequence)
             self._work.set()
 
-    def _check(self, sequence: Sequence) -> None:
+    def _check(self, token_ids: list[int], limit: int) -> None:
         if self._dead.is_set():
             raise WorkerError(self._reason)
-        if not sequence.tokens:
+        if not token_ids:
             raise RequestError("the prompt is empty", "prompt")
-        limit = self._max_model_len - (1 if sequence.sampler else 0)
-        if sequence.prompt_len > limit:
+        if len(token_ids) > limit:
             raise RequestError(
-                f"the prompt has {sequence.prompt_len} tokens; at most {limit} fit", "prompt", "context_length_exceeded"
+                f"the prompt has {len(token_ids)} tokens; at most {limit} fit", "prompt", "context_length_exceeded"
             )
-        ids = np.frombuffer(array("q", sequence.tokens), dtype=np.int64)
-        if ids.min() < 0 or ids.max() >= self._shape.vocab_size:
+        try:
+            ids = np.frombuffer(array("q", token_ids), dtype=np.int64)
+            known = ids.min() >= 0 and ids.max() < self._shape.vocab_size
+        except OverflowError:
+            known = False
+        if not known:
             raise RequestError(f"token ids must be from 0 to {self._shape.vocab_size - 1}", "prompt")
 
     @staticmethod

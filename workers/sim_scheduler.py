@@ -274,6 +274,10 @@ class Scheduler:
         first, logprobs = len(tokens), list[TokenLogprob]()
         stopped = full = False
         longest = min(sequence.prompt_len + sampling.max_tokens, self.max_model_len)
+        if times > 1 and sampler.plain:
+            more, state = sampler.many(state, min(times, longest - first))
+            tokens += more
+            full = len(tokens) >= longest
         while not (stopped or full) and len(tokens) - first < times:
             token, logprob = sampler.next(state, len(tokens), len(tokens) - sequence.prompt_len)
             tokens.append(token)

@@ -126,6 +126,20 @@ class Sampler:
         self._stops = frozenset(sampling.stop_token_ids)
         self._greedy = sampling.temperature == 0 and sampling.logprobs is None and not sampling.logit_bias
 
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but the state decides on a token."""
+        return self._greedy and not self._stops
+
+    def many(self, state: int, count: int) -> tuple[list[int], int]:
+        """The next tokens after `state`, and the state after them. For a `plain` sampler, and much faster."""
+        words, tokens = self._words, list[int]()
+        for _ in range(count):
+            token = words[mix(state) % len(words)]
+            tokens.append(token)
+            state = (state * _ODD + token + 1) & _MASK
+        return tokens, state
+
     def next(self, state: int, position: int, generated: int) -> tuple[int, TokenLogprob | None]:
         """The token after `state` at `position`, and its logprobs when asked for."""
         banned = self._stops if generated < self._sampling.min_tokens else frozenset()
