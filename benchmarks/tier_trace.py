@@ -98,7 +98,7 @@ def config_of(tiers: str, device_blocks: int) -> Config:
         {
             "engine": "sim",
             "model": "llama-3.1-8b",
-            "max_model_len": 131_072,
+            "max_model_len": min(131_072, device_blocks * BLOCK),
             "workers": {"both": {"count": WORKERS, "max_num_seqs": 256}},
             "kv_tiers": kv_tiers,
             "sim": PACES | {"block_size": BLOCK, "kv_blocks": device_blocks},

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from dynamo_lite import config
 from dynamo_lite.errors import StartError
 from dynamo_lite.plane.wire import Incarnation, PushTarget, RequestId, Role, Sampling
 from dynamo_lite.router.router import Router
-from kvbm.events import BlocksRemoved, BlocksStored, KvEventBatch, Tier
+from kvbm.events import BlocksRemoved, BlocksStored, KvEvent, KvEventBatch, Tier
 from kvbm.hashing import block_hashes
 from tests.instances import LAYOUT, record, roster
 from tests.sim_engines import STRIDE, sim_spec
@@ -37,10 +37,13 @@ def prompt(number: int) -> list[int]:
 
 @dataclass
 class Fleet:
-    """Engines, and what they told."""
+    """Engines, and what they told: their events are consumed from the start."""
 
     model: Path
     stack: AsyncExitStack
+    group: asyncio.TaskGroup
+    told: list[KvEvent] = field(default_factory=list)
+    following: list[asyncio.Task[None]] = field(default_factory=list)
     bucket: Bucket = field(default_factory=Bucket)
     engines: list[SimEngine] = field(default_factory=list)
 
@@ -51,13 +54,21 @@ class Fleet:
         await made.start()
         self.stack.push_async_callback(made.close)
         self.engines.append(made)
+        self.following.append(self.group.create_task(self._follow(made)))
         return made
+
+    async def _follow(self, engine: SimEngine) -> None:
+        async for events in engine.kv_events():
+            self.told.extend(events)
 
 
 def in_virtual_time(model: Path, body: Callable[[Fleet], Awaitable[None]]) -> None:
     async def main() -> None:
-        async with AsyncExitStack() as stack:
-            await body(Fleet(model, stack))
+        async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
+            fleet = Fleet(model, stack, group)
+            await body(fleet)
+            for task in fleet.following:
+                task.cancel()
 
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         runner.run(main())
@@ -176,46 +187,17 @@ def test_a_full_disk_tier_evicts_what_its_eviction_says(model: Path, eviction: s
         assert load_of(engine, Tier.DISK).evicted == 6
         assert (block_hashes(prompt(0), 16)[0] in engine.snapshot()[Tier.DISK]) is kept
 
-    async def consumed(fleet: Fleet) -> None:
-        async with consuming(fleet):
-            await body(fleet)
-
-    in_virtual_time(model, consumed)
-
-
-@asynccontextmanager
-async def consuming(fleet: Fleet) -> AsyncGenerator[list[tuple[Incarnation, tuple[object, ...]]], None]:
-    """Follow the events of every engine there will be, for snapshots are as of the consumed events."""
-    told: list[tuple[Incarnation, tuple[object, ...]]] = []
-    make = fleet.engine
-    async with asyncio.TaskGroup() as group:
-        tasks: list[asyncio.Task[None]] = []
-
-        async def follow(engine: SimEngine) -> None:
-            async for events in engine.kv_events():
-                told.append((engine._incarnation, events))
-
-        async def engine(kv_tiers: dict[str, object], role: Role = Role.DECODE, **sim: object) -> SimEngine:
-            made = await make(kv_tiers, role, **sim)
-            tasks.append(group.create_task(follow(made)))
-            return made
-
-        fleet.engine = engine  # type: ignore[method-assign]
-        yield told
-        for task in tasks:
-            task.cancel()
+    in_virtual_time(model, body)
 
 
 def test_a_router_learns_from_events_what_is_in_which_tier(model: Path) -> None:
     async def body(fleet: Fleet) -> None:
         workers = [record("decode-0"), record("decode-1")]
         known = roster(*workers)
-        async with consuming(fleet) as told:
-            engine = await fleet.engine(HOST)
-            await ask(engine, prompt(0))
-            await push_out(engine)
-        for number, (_, events) in enumerate(told):
-            known.take_batch(KvEventBatch(workers[1].incarnation, number + 1, events))  # type: ignore[arg-type]
+        engine = await fleet.engine(HOST)
+        await ask(engine, prompt(0))
+        await push_out(engine)
+        known.take_batch(KvEventBatch(workers[1].incarnation, 1, tuple(fleet.told)))
         placement = Router(known, config.Router()).place(prompt(0))
         assert placement.decode == workers[1]
         assert placement.reason.startswith("prefix 6/7 blocks (6 in a tier) on decode-1")
@@ -227,14 +209,16 @@ def test_a_router_learns_from_events_what_is_in_which_tier(model: Path) -> None:
 
 def test_what_gives_way_in_host_memory_is_told(model: Path) -> None:
     async def body(fleet: Fleet) -> None:
-        async with consuming(fleet) as told:
-            engine = await fleet.engine(SMALL_HOST)
-            for number in (0, 1):
-                await ask(engine, prompt(number))
-                await asyncio.sleep(1)
-        changes = [event for _, events in told for event in events if getattr(event, "tier", None) is Tier.HOST]
-        removed = [one for event in changes if isinstance(event, BlocksRemoved) for one in event.hashes]
-        stored = [one for event in changes if isinstance(event, BlocksStored) for one in event.hashes]
+        engine = await fleet.engine(SMALL_HOST)
+        for number in (0, 1):
+            await ask(engine, prompt(number))
+            await asyncio.sleep(1)
+
+        def hashes(kind: type[BlocksStored | BlocksRemoved]) -> list[int]:
+            events = [event for event in fleet.told if isinstance(event, kind)]
+            return [one for event in events if event.tier is Tier.HOST for one in event.hashes]
+
+        stored, removed = hashes(BlocksStored), hashes(BlocksRemoved)
         assert len(stored) - len(removed) == len(engine.snapshot()[Tier.HOST]) == 8
         assert set(removed) < set(block_hashes(prompt(0), 16))
         assert load_of(engine, Tier.HOST).evicted == 4
