@@ -194,7 +194,7 @@ def _record(number: int, info: EngineInfo) -> InstanceRecord:
     )
 
 
-class _Hashes:
+class TraceHashes:
     """`kvbm.hashing` that hashes each block of a trace once, as hashing again would be most of the work.
 
     A block that begins and ends with the same token of a prompt is that token throughout.
@@ -226,7 +226,7 @@ class _Hashes:
 @contextmanager
 def trace_model(requests: Sequence[Request]) -> Iterator[Path]:
     """The folder of a model for this trace; hashing its blocks is remembered while the body runs."""
-    hashes = _Hashes()
+    hashes = TraceHashes()
     with (
         tempfile.TemporaryDirectory(prefix="dynamo-lite-trace-") as folder,
         patch("dynamo_lite.router.router.block_hashes", hashes.low),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from dynamo_lite.config import Config, EtcdAddress, NatsAddress, ProcessSpec
@@ -22,9 +23,11 @@ def write_model(folder: Path) -> Path:
 
 
 def sim_spec(
-    model: Path, name: str, role: Role, sim: dict[str, object], kv_tiers: dict[str, object] | None = None
+    model: Path, name: str, role: Role, sim: Mapping[str, object], kv_tiers: Mapping[str, object] | None = None
 ) -> ProcessSpec:
-    config = Config.model_validate({"engine": "sim", "model": "tiny", "sim": FAST | sim, "kv_tiers": kv_tiers or {}})
+    config = Config.model_validate(
+        {"engine": "sim", "model": "tiny", "sim": {**FAST, **sim}, "kv_tiers": kv_tiers or {}}
+    )
     return ProcessSpec(
         config=config,
         role=role.value,

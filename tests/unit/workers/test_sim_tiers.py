@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +26,9 @@ from workers.sim_engine import SimEngine
 from workers.sim_storage import Bucket
 
 PACES = {"prefill_ms_per_token": 10, "host_ms_per_block": 2, "disk_ms_per_block": 5, "object_ms_per_block": 8}
-HOST, LARGE = {"host": {"size": 200 * STRIDE}}, {"size": 400 * STRIDE, "path": "unused"}
-SMALL_HOST = {"host": {"size": 8 * STRIDE}}  # a prompt of 6 blocks, and not two
+HOST: dict[str, object] = {"host": {"size": 200 * STRIDE}}
+LARGE: dict[str, object] = {"size": 400 * STRIDE, "path": "unused"}  # of a disk tier
+SMALL_HOST: dict[str, object] = {"host": {"size": 8 * STRIDE}}  # a prompt of 6 blocks, and not two
 
 
 def prompt(number: int) -> list[int]:
@@ -47,7 +48,7 @@ class Fleet:
     bucket: Bucket = field(default_factory=Bucket)
     engines: list[SimEngine] = field(default_factory=list)
 
-    async def engine(self, kv_tiers: dict[str, object], role: Role = Role.DECODE, **sim: object) -> SimEngine:
+    async def engine(self, kv_tiers: Mapping[str, object], role: Role = Role.DECODE, **sim: object) -> SimEngine:
         spec = sim_spec(self.model, "engine", role, {"kv_blocks": 16, **PACES, **sim}, kv_tiers)
         incarnation = Incarnation(f"engine{len(self.engines)}")
         made = SimEngine(spec, role, incarnation, CollectorRegistry(), self.bucket)
