@@ -76,10 +76,6 @@ class Run:
     cpu_s: float  # what simulating it took
 
     @property
-    def memory_gib(self) -> float:
-        return self.device_blocks * BLOCK_BYTES / 2**30
-
-    @property
     def line(self) -> str:
         return f"{self.tiers}, {self.device_blocks:,} blocks: {self.hit_rate:.1%}, simulated in {self.cpu_s:.0f} s"
 
@@ -193,7 +189,7 @@ class Saved:
 
     tiers: str
     without_blocks: int
-    with_blocks: float | None  # None: not within the sizes that were tried
+    with_blocks: float | None  # None: no size that was tried is as good, up to that without
     at_least: bool  # the smallest size that was tried is enough
 
     @property
@@ -208,8 +204,8 @@ def saved(runs: Sequence[Run], tiers: str, plain: Run) -> Saved:
         return Saved(tiers, plain.device_blocks, curve[0].device_blocks, at_least=True)
     for lower, upper in pairwise(curve):
         for step in range(1, 101):
-            if _as_good(lower, upper, step / 100, plain):
-                blocks = lower.device_blocks + (upper.device_blocks - lower.device_blocks) * step / 100
+            blocks = lower.device_blocks + (upper.device_blocks - lower.device_blocks) * step / 100
+            if blocks <= plain.device_blocks and _as_good(lower, upper, step / 100, plain):
                 return Saved(tiers, plain.device_blocks, blocks, at_least=False)
     return Saved(tiers, plain.device_blocks, None, at_least=False)
 
@@ -230,22 +226,26 @@ def savings(runs: Sequence[Run]) -> list[Saved]:
 
 
 def tables(runs: Sequence[Run], found: Sequence[Saved], requests: Sequence[Request]) -> Iterator[Table]:
-    table = Table(title="Runs", title_justify="left", show_edge=False)
-    for name in ("tiers", "device", "", "hit rate", "TTFT p50", "p99", "mean", "placed", "computed"):
-        table.add_column(name, justify="left" if name == "tiers" else "right")
+    table = Table(
+        title="Runs: TTFT in ms, the busiest worker over the mean by tokens sent and computed",
+        title_justify="left",
+        show_edge=False,
+    )
+    for name in ("tiers", "device", "hits", "p50", "p99", "mean", "sent", "computed"):
+        table.add_column(name, justify="left" if name == "tiers" else "right", no_wrap=True)
     for run in runs:
         table.add_row(
-            run.tiers, f"{run.device_blocks:,}", f"{run.memory_gib:.0f} GiB", f"{run.hit_rate:.1%}",
-            f"{run.ttft_p50_s * 1e3:.0f} ms", f"{run.ttft_p99_s * 1e3:,.0f} ms", f"{run.ttft_mean_s * 1e3:.0f} ms",
+            run.tiers, f"{run.device_blocks:,}", f"{run.hit_rate:.1%}", f"{run.ttft_p50_s * 1e3:,.0f}",
+            f"{run.ttft_p99_s * 1e3:,.0f}", f"{run.ttft_mean_s * 1e3:,.0f}",
             f"{run.placed_spread:.2f}", f"{run.computed_spread:.2f}",
         )  # fmt: skip
     yield table
-    table = Table(title="As good, with less device memory", title_justify="left", show_edge=False)
+    table = Table(title="Blocks of a device that is as good", title_justify="left", show_edge=False)
     for name in ("without tiers", *[tiers for tiers in TIERS if tiers != "none"]):
         table.add_column(name, justify="right")
     for run in (run for run in runs if run.tiers == "none"):
         mine = [one for one in found if one.without_blocks == run.device_blocks]
-        table.add_row(f"{run.device_blocks:,} blocks", *map(_saved_text, mine))
+        table.add_row(f"{run.device_blocks:,}", *map(_saved_text, mine))
     yield table
     table = Table(title="One cache for all, for comparison", title_justify="left", show_edge=False)
     table.add_column("blocks")
@@ -260,7 +260,7 @@ def tables(runs: Sequence[Run], found: Sequence[Saved], requests: Sequence[Reque
 def _saved_text(one: Saved) -> str:
     if one.with_blocks is None:
         return "–"
-    return f"{'≤ ' if one.at_least else ''}{one.with_blocks:,.0f} blocks, {one.percent:.0f} % less"
+    return f"{'≤ ' if one.at_least else ''}{one.with_blocks:,.0f} (−{one.percent:.0f} %)"
 
 
 def panels(runs: Sequence[Run]) -> list[Panel]:

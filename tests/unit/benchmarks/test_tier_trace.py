@@ -75,6 +75,15 @@ def test_the_device_memory_that_is_as_good_is_found_between_the_sizes_that_were_
     assert (found.with_blocks, round(found.percent, 6), found.at_least) == (600, 40, False)
 
 
+def test_more_device_memory_than_without_tiers_is_no_saving() -> None:
+    curve = [
+        replace(RUN, tiers="t", device_blocks=500, hit_rate=0.1),
+        replace(RUN, tiers="t", device_blocks=2000, hit_rate=0.21),
+    ]
+    found = saved([RUN, *curve], "t", RUN)
+    assert (found.with_blocks, found.percent) == (None, 0.0)
+
+
 @pytest.mark.parametrize("slower", ["ttft_p50_s", "ttft_p99_s", "ttft_mean_s"])
 def test_a_size_at_which_requests_wait_longer_is_not_as_good(slower: str) -> None:
     run = replace(RUN, tiers="t", device_blocks=500, **{slower: 1.02 * getattr(RUN, slower)})
