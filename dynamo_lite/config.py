@@ -249,7 +249,12 @@ class Sim(Model):
     prefill_ms_per_token: Annotated[float, Field(ge=0)] = 0.02
     decode_step_ms: Annotated[float, Field(ge=0)] = 5.0
     transfer_ms_per_block: Annotated[float, Field(ge=0)] = 0.05
+    host_ms_per_block: Annotated[float, Field(ge=0)] = 0.02
+    disk_ms_per_block: Annotated[float, Field(ge=0)] = 0.1
+    object_ms_per_block: Annotated[float, Field(ge=0)] = 0.4
+    object_latency_ms: Annotated[float, Field(ge=0)] = 30.0
     max_num_batched_tokens: Annotated[int, Field(ge=1)] = 8192
+    steps_at_once: Annotated[int, Field(ge=1)] = 1  # decode steps simulated as one; a request that comes ends them
 
 
 class Config(Model):

@@ -288,8 +288,8 @@ class _Planner:
     def warnings(self) -> Iterator[str]:
         if not self.simulated:
             yield from self.transfer.warnings()
-        elif self.config.kv_tiers.host is not None:
-            yield "the sim engine has no tiers: kv_tiers is ignored"
+        elif self.config.kv_tiers.object is not None:
+            yield "simulated workers are processes of their own: each has an object tier for itself"
         groups = dict(self.groups)
         if "decode" in groups and "prefill" not in groups:
             yield "there are no prefill workers: decode workers compute every prompt themselves"

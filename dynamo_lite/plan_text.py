@@ -59,6 +59,7 @@ def _row(process: PlannedProcess) -> Sequence[str]:
 def _tiers(config: Config) -> Iterator[tuple[str, str]]:
     tiers = config.kv_tiers
     if config.engine == "sim":
+        yield from ((name, "simulated") for name, tier in tiers if tier is not None)
         return
     if tiers.host is not None:
         yield "host", f"{gib(tiers.host.size)} on each worker, admission {tiers.host.admission}"

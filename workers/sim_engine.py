@@ -6,9 +6,12 @@ import asyncio
 import logging
 import secrets
 import time
+from array import array
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
+from functools import partial
 
+import numpy as np
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from dynamo_lite.config import ProcessSpec
@@ -25,6 +28,8 @@ from workers.engine import EngineInfo, EngineLoad, Job, Output, Prefilled, Prefi
 from workers.metrics import SimMetrics
 from workers.sim_pace import Pace
 from workers.sim_scheduler import Scheduler, Sequence, Step
+from workers.sim_storage import Bucket
+from workers.sim_tiers import SimTiers
 from workers.sim_tokens import Sampler, SimModel
 from workers.tiers.admin import KvAdmin
 
@@ -41,8 +46,14 @@ class SimEngine:
     """Implements `workers.engine.Engine`."""
 
     def __init__(
-        self, spec: ProcessSpec, role: Role, incarnation: Incarnation, registry: CollectorRegistry = REGISTRY
+        self,
+        spec: ProcessSpec,
+        role: Role,
+        incarnation: Incarnation,
+        registry: CollectorRegistry = REGISTRY,
+        bucket: Bucket | None = None,
     ) -> None:
+        """`bucket`: the object tier's, shared with other engines of this process."""
         self._spec, self._role, self._incarnation, self._registry = spec, role, incarnation, registry
         sim = spec.config.sim
         self._block_size = spec.config.block_size or sim.block_size
@@ -50,8 +61,11 @@ class SimEngine:
         group = getattr(spec.config.workers, role.value)
         self._max_num_seqs = group.max_num_seqs if group else 64
         self._scheduler = Scheduler(self._pool, self._block_size, self._max_num_seqs, sim.max_num_batched_tokens)
+        self._scheduler.steps_at_once = sim.steps_at_once
         self._pace = Pace(sim)
         self.cost = PullCost()
+        self._bucket = bucket or Bucket()
+        self._tiers: SimTiers | None = None
         self._inboxes: dict[Sequence, Inbox] = {}
         self._holds: dict[str, int] = {}
         self._work = asyncio.Event()
@@ -94,11 +108,24 @@ class SimEngine:
         )
         fingerprint = Fingerprint(config.model, config.revision or "", BACKEND, BACKEND, layout)
         self._layout = layout
+        if config.kv_tiers.host is not None:
+            self._open_tiers(layout)
         # The engine outlives every task group of the worker, as a real one (a process) does; close() ends it.
         self._loop = asyncio.get_running_loop().create_task(self._guarded())
         return EngineInfo(fingerprint, self._pool.size, longest, self._max_num_seqs)
 
+    def _open_tiers(self, layout: KvLayout) -> None:
+        try:
+            tiers = SimTiers(self._spec.config, layout, self._bucket, self._events.put_nowait)
+        except ValueError as error:
+            raise StartError("sim engine", str(error)) from error
+        self._scheduler.worth_reading, self._scheduler.completed = tiers.worth, tiers.completed
+        tiers.open()
+        self._tiers = tiers
+
     async def close(self) -> None:
+        if self._tiers is not None:
+            self._tiers.close()
         if self._loop is not None:
             self._loop.cancel()
             await asyncio.wait([self._loop])
@@ -121,13 +148,15 @@ class SimEngine:
     # -- work
 
     async def generate(self, job: Job) -> AsyncGenerator[Output, None]:
+        self._check(job.token_ids, self._max_model_len - 1)
         seed = job.sampling.seed if job.sampling.seed is not None else secrets.randbits(63)
         sampler = Sampler(self._shape, job.sampling, seed)
         sequence = Sequence(job.request_id, list(job.token_ids), job.sampling, sampler, job.cache_salt)
         remote = job.remote
         if remote is not None:
             sequence.fetch = lambda cached: self._worth_asking(sequence, cached, remote)
-        arrived, last, external = time.monotonic(), 0.0, 0
+        clock = asyncio.get_running_loop().time
+        arrived, last, external = clock(), 0.0, 0
         with self._enrolled(sequence) as inbox:
             while True:
                 item = await self._take(inbox)
@@ -135,9 +164,9 @@ class SimEngine:
                     assert remote is not None, "only a sequence that can ask is told to"
                     external = await self._fetch(sequence, remote)
                     continue
-                now = time.monotonic()
+                now = clock()
                 if last:
-                    self._metrics.inter_token_latency.observe(now - last)
+                    self._metrics.inter_token_latency.observe((now - last) / len(item.token_ids))
                 else:
                     self._metrics.time_to_first_token.observe(now - arrived)
                     self._count_prompt(sequence, external)
@@ -147,13 +176,14 @@ class SimEngine:
                     return
 
     async def prefill(self, job: PrefillJob) -> Prefilled:
-        sequence = Sequence(job.request_id, list(job.token_ids), _PROMPT_ONLY, None, job.cache_salt)
         end = job.target.first_token + job.target.tokens
         if end > len(job.token_ids):
             raise PrefillFailed("mismatch", f"the target ends after {end} tokens, the prompt before")
         if job.only_held:
             self._require_held(job)
         try:
+            self._check(job.token_ids, self._max_model_len)
+            sequence = Sequence(job.request_id, list(job.token_ids), _PROMPT_ONLY, None, job.cache_salt)
             async with asyncio.timeout(job.timeout_s):
                 with self._enrolled(sequence) as inbox:
                     await self._take(inbox)
@@ -197,7 +227,12 @@ class SimEngine:
 
     def load(self) -> EngineLoad:
         return EngineLoad(
-            self._scheduler.running, self._scheduler.waiting, self._pool.pinned, self._pool.size, dict(self._holds)
+            self._scheduler.running,
+            self._scheduler.waiting,
+            self._pool.pinned,
+            self._pool.size,
+            dict(self._holds),
+            tiers=self._tiers.load() if self._tiers is not None else (),
         )
 
     async def kv_admin(self, ask: KvAsk) -> KvTold:
@@ -208,7 +243,8 @@ class SimEngine:
     @contextmanager
     def _enrolled(self, sequence: Sequence) -> Iterator[Inbox]:
         """The scheduler has the sequence while the body runs; at its end, however it comes, the blocks are free."""
-        self._check(sequence)
+        if self._tiers is not None:
+            self._tiers.used(sequence.hashes(self._block_size))
         inbox: Inbox = asyncio.Queue()
         self._inboxes[sequence] = inbox
         self._scheduler.add(sequence)
@@ -220,17 +256,21 @@ class SimEngine:
             self._scheduler.remove(sequence)
             self._work.set()
 
-    def _check(self, sequence: Sequence) -> None:
+    def _check(self, token_ids: list[int], limit: int) -> None:
         if self._dead.is_set():
             raise WorkerError(self._reason)
-        if not sequence.tokens:
+        if not token_ids:
             raise RequestError("the prompt is empty", "prompt")
-        limit = self._max_model_len - (1 if sequence.sampler else 0)
-        if sequence.prompt_len > limit:
+        if len(token_ids) > limit:
             raise RequestError(
-                f"the prompt has {sequence.prompt_len} tokens; at most {limit} fit", "prompt", "context_length_exceeded"
+                f"the prompt has {len(token_ids)} tokens; at most {limit} fit", "prompt", "context_length_exceeded"
             )
-        if min(sequence.tokens) < 0 or max(sequence.tokens) >= self._shape.vocab_size:
+        try:
+            ids = np.frombuffer(array("q", token_ids), dtype=np.int64)
+            known = ids.min() >= 0 and ids.max() < self._shape.vocab_size
+        except OverflowError:
+            known = False
+        if not known:
             raise RequestError(f"token ids must be from 0 to {self._shape.vocab_size - 1}", "prompt")
 
     @staticmethod
@@ -283,6 +323,10 @@ class SimEngine:
         self._resume(sequence, cached)
         return 0
 
+    def _onboarded(self, sequence: Sequence, blocks: int) -> None:
+        self._scheduler.onboarded(sequence, blocks)
+        self._work.set()
+
     def _resume(self, sequence: Sequence, computed: int) -> None:
         self._scheduler.fetched(sequence, computed)
         self._work.set()
@@ -311,16 +355,28 @@ class SimEngine:
             step = self._scheduler.plan()
             for sequence in step.fetches:
                 self._inboxes[sequence].put_nowait(None)
+            if self._tiers is not None:
+                for sequence, hashes in step.onboards:
+                    self._tiers.read(hashes, partial(self._onboarded, sequence))
             if step.tokens:
-                begun = time.monotonic()
-                await self._pace.step(step.prefill_tokens, step.decoding)
-                self.cost.computed(step.prefill_tokens, time.monotonic() - begun)
-                for sequence, output in self._scheduler.finish(step):
+                times = await self._compute(step)
+                for sequence, output in self._scheduler.finish(step, times):
                     self._inboxes[sequence].put_nowait(output)
             self._publish(step)
             if not step.tokens and not step.preempted:
                 await self._work.wait()
                 self._pace.idle()
+
+    async def _compute(self, step: Step) -> int:
+        """Take the step's time; returns how many steps like it this was."""
+        if step.repeats > 1:
+            return await self._pace.steps(step.repeats, self._work)
+        await self._pace.step(step.prefill_tokens, step.decoding)
+        seconds = self._pace.seconds(step.prefill_tokens, step.decoding)
+        self.cost.computed(step.prefill_tokens, seconds)
+        if self._tiers is not None:
+            self._tiers.cost.computed(step.prefill_tokens, seconds)
+        return 1
 
     def _publish(self, step: Step) -> None:
         events = self._pool.events()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 from dynamo_lite.config import Sim
 
@@ -22,10 +23,31 @@ class Pace:
     async def step(self, prefill_tokens: int, decoding: bool) -> None:
         """One step of a batch; a prefill and decodes in one step add up."""
         now = asyncio.get_running_loop().time()
-        seconds = prefill_tokens * self._token_s + (self._decode_s if decoding else 0.0)
-        self._until = max(self._until, now - _CATCH_UP_S) + seconds
+        self._until = max(self._until, now - _CATCH_UP_S) + self.seconds(prefill_tokens, decoding)
         delay = self._until - now
         await asyncio.sleep(delay if delay >= _SHORTEST_S else 0)
+
+    async def steps(self, most: int, work: asyncio.Event) -> int:
+        """Up to `most` decode steps, the one under way being the last once there is `work`; returns how many."""
+        if not self._decode_s:
+            await asyncio.sleep(0)
+            return most
+        loop = asyncio.get_running_loop()
+        begin = max(self._until, loop.time() - _CATCH_UP_S)
+        done = most
+        try:
+            async with asyncio.timeout_at(begin + most * self._decode_s):
+                await work.wait()
+            done = min(most, max(1, math.ceil((loop.time() - begin) / self._decode_s)))
+        except TimeoutError:
+            pass
+        self._until = begin + done * self._decode_s
+        await asyncio.sleep(max(0.0, self._until - loop.time()))
+        return done
+
+    def seconds(self, prefill_tokens: int, decoding: bool) -> float:
+        """Of one step."""
+        return prefill_tokens * self._token_s + (self._decode_s if decoding else 0.0)
 
     def idle(self) -> None:
         """There was nothing to do, so nothing to catch up with."""

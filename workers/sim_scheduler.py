@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dynamo_lite.plane.wire import RequestId, Sampling
+from dynamo_lite.plane.wire import RequestId, Sampling, TokenLogprob
 from kvbm.errors import OutOfBlocks
 from kvbm.hashing import FullHash, full_block_hashes, low64
 from kvbm.pool import BlockPool
@@ -64,7 +64,9 @@ class Step:
 
     tokens: dict[Sequence, int] = field(default_factory=dict)
     fetches: list[Sequence] = field(default_factory=list)  # got their blocks; now someone else computes them
+    onboards: list[tuple[Sequence, list[FullHash]]] = field(default_factory=list)  # likewise; these come from tiers
     preempted: int = 0
+    repeats: int = 1  # times that it may be computed at once: nothing but requests that come would change it
 
     @property
     def decoding(self) -> bool:
@@ -81,6 +83,9 @@ class Scheduler:
     def __init__(self, pool: BlockPool, block_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.pool, self.block_size = pool, block_size
         self.max_model_len = pool.size * block_size
+        self.steps_at_once = 1
+        self.worth_reading: Callable[[list[FullHash]], int] = lambda _: 0  # of a prompt's next blocks, from tiers
+        self.completed: Callable[[list[FullHash]], None] = lambda _: None  # told of blocks on the device, in order
         self._max_num_seqs, self._budget = max_num_seqs, max_num_batched_tokens
         self._waiting: deque[Sequence] = deque()
         self._fetched: deque[Sequence] = deque()  # have their blocks, so they go before the queue
@@ -122,24 +127,31 @@ class Scheduler:
             budget -= count
         if not step.preempted:
             self._admit(step, budget)
+        step.repeats = self._repeats(step)
         return step
 
-    def finish(self, step: Step) -> list[tuple[Sequence, Output]]:
-        """The step was computed: outputs of every sequence that got a token or, for a prompt alone, is complete."""
+    def finish(self, step: Step, times: int = 1) -> list[tuple[Sequence, Output]]:
+        """The step was computed: outputs of every sequence that got a token or, for a prompt alone, is complete.
+
+        `times`: that many steps like it, at most its `repeats`.
+        """
         outputs = []
         for sequence, count in step.tokens.items():
             if sequence not in self._running:
                 continue  # removed while the step ran
             sequence.computed += count
-            self._commit(sequence)
             if sequence.computed < len(sequence.tokens):
+                self._commit(sequence)
                 continue
             if sequence.sampler is None:
+                self._commit(sequence)
                 del self._running[sequence]
                 self._done.add(sequence)
                 outputs.append((sequence, Output([], cached_tokens=sequence.cached)))
                 continue
-            output = self._sample(sequence, sequence.sampler)
+            output = self._sample(sequence, sequence.sampler, times)
+            sequence.computed = len(sequence.tokens) - 1
+            self._commit(sequence)
             outputs.append((sequence, output))
             if output.finish:
                 self.remove(sequence)
@@ -154,22 +166,36 @@ class Scheduler:
         self._commit(sequence)
         self._fetched.append(sequence)
 
+    def onboarded(self, sequence: Sequence, blocks: int) -> None:
+        """So many of its next blocks have come from tiers."""
+        if sequence not in self._fetching:
+            return
+        computed = sequence.computed + blocks * self.block_size
+        if not sequence.reported:
+            sequence.cached = max(sequence.cached or 0, computed)
+        self.fetched(sequence, computed)
+
     def _admit(self, step: Step, budget: int) -> None:
         while budget and len(self._running) < self._max_num_seqs and (self._fetched or self._waiting):
             queue = self._fetched or self._waiting
             sequence = queue[0]
-            fetch = False
+            onboard: list[FullHash] = []
             if queue is self._waiting:
-                self._match(sequence)
-                fetch = sequence.fetch is not None and sequence.fetch(sequence.computed)
+                onboard = self._match(sequence)
+            fetch = not onboard and sequence.fetch is not None and sequence.fetch(sequence.computed)
             missing = len(sequence.tokens) - sequence.computed
-            count = missing if fetch else min(missing, budget)
+            count = missing if fetch or onboard else min(missing, budget)
             if not self._grow(sequence, count):
                 if queue is self._waiting:
                     self._release(sequence)
                 return
             queue.popleft()
             sequence.cached = sequence.computed if sequence.cached is None else sequence.cached
+            self.completed(sequence.hashes(self.block_size)[: sequence.committed])
+            if onboard:
+                self._fetching.add(sequence)
+                step.onboards.append((sequence, onboard))
+                continue
             sequence.fetch = None
             if fetch:
                 self._fetching.add(sequence)
@@ -179,13 +205,34 @@ class Scheduler:
             step.tokens[sequence] = count
             budget -= count
 
-    def _match(self, sequence: Sequence) -> None:
-        """Pin the cached prefix. The last token is always computed, as its output is what is sampled from."""
+    def _repeats(self, step: Step) -> int:
+        """While every running sequence generates, neither needs another block nor ends, steps are alike.
+
+        One that ends at a stop token before keeps its blocks until the last of them.
+        """
+        if self.steps_at_once == 1 or step.onboards or step.fetches or len(step.tokens) < len(self._running):
+            return 1
+        most = self.steps_at_once
+        for sequence, count in step.tokens.items():
+            if count > 1 or not sequence.generated:
+                return 1
+            room = len(sequence.blocks) * self.block_size - sequence.computed
+            left = sequence.sampling.max_tokens - sequence.generated
+            most = min(most, room, left, self.max_model_len - len(sequence.tokens))
+        return max(1, most)
+
+    def _match(self, sequence: Sequence) -> list[FullHash]:
+        """Pin the cached prefix; returns the blocks behind it that are worth reading from tiers.
+
+        The last token is always computed, as its output is what is sampled from.
+        """
         hashes = sequence.hashes(self.block_size)[: (len(sequence.tokens) - 1) // self.block_size]
         sequence.blocks = self.pool.match([low64(full) for full in hashes])
         self.pool.pin(sequence.blocks)
         sequence.committed = len(sequence.blocks)
         sequence.computed = sequence.committed * self.block_size
+        behind = hashes[sequence.committed :]
+        return behind[: self.worth_reading(behind)] if behind else []
 
     def _make_room(self, sequence: Sequence, count: int, step: Step) -> bool:
         """Grow a running sequence, preempting from the youngest; False when it had to preempt itself."""
@@ -216,23 +263,37 @@ class Scheduler:
                 sequence.blocks[first:full], [low64(full_hash) for full_hash in hashes[first:full]], parent
             )
             sequence.committed = full
+            self.completed(hashes[first:full])
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
         sequence.blocks, sequence.computed, sequence.committed = [], 0, 0
 
-    def _sample(self, sequence: Sequence, sampler: Sampler) -> Output:
-        token, logprob = sampler.next(sequence.state, len(sequence.tokens), sequence.generated)
-        sequence.tokens.append(token)
-        sequence.state = fold(sequence.state, [token])
-        stopped = token in sequence.sampling.stop_token_ids and sequence.generated >= sequence.sampling.min_tokens
-        full = sequence.generated >= sequence.sampling.max_tokens or len(sequence.tokens) >= self.max_model_len
+    def _sample(self, sequence: Sequence, sampler: Sampler, times: int) -> Output:
+        """Up to `times` tokens, the first of which ends the sequence being the last."""
+        sampling, tokens, state = sequence.sampling, sequence.tokens, sequence.state
+        first, logprobs = len(tokens), list[TokenLogprob]()
+        stopped = full = False
+        longest = min(sequence.prompt_len + sampling.max_tokens, self.max_model_len)
+        if times > 1 and sampler.plain:
+            more, state = sampler.many(state, min(times, longest - first))
+            tokens += more
+            full = len(tokens) >= longest
+        while not (stopped or full) and len(tokens) - first < times:
+            token, logprob = sampler.next(state, len(tokens), len(tokens) - sequence.prompt_len)
+            tokens.append(token)
+            if logprob is not None:
+                logprobs.append(logprob)
+            state = fold(state, [token])
+            stopped = token in sampling.stop_token_ids and sequence.generated >= sampling.min_tokens
+            full = len(tokens) >= longest
+        sequence.state = state
         cached = None if sequence.reported else sequence.cached
         sequence.reported = True
         return Output(
-            [token],
-            None if logprob is None else [logprob],
+            tokens[first:],
+            logprobs or None,
             "stop" if stopped else "length" if full else None,
-            token if stopped else None,
+            tokens[-1] if stopped else None,
             cached,
         )

@@ -161,6 +161,14 @@ def test_the_simulated_engine_needs_neither_vllm_nor_weights_nor_gpus() -> None:
     assert "4096 simulated blocks on each of 3 workers" in describe(made)
 
 
+def test_simulated_tiers_take_no_memory_and_an_object_tier_is_not_shared() -> None:
+    tiers = {"host": {"size": "900GiB"}, "object": {"url": "s3://bucket/prefix"}}
+    made = plan(shape=None, engine="sim", kv_tiers=tiers)
+    (warning,) = made.warnings
+    assert "each has an object tier for itself" in warning
+    assert "  host    simulated\n  object  simulated\n" in describe(made)
+
+
 def test_without_any_vllm_the_host_lacks_it() -> None:
     assert plan(machine=replace(LAPTOP, vllm_build=None)).missing == ("vLLM (install the extra 'cpu' or 'cuda')",)
 

@@ -4,15 +4,18 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
 
+from benchmarks.virtual_time import VirtualTimeLoop
 from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerError
 from dynamo_lite.plane.wire import Incarnation, PushTarget, RequestId, Role, Sampling
 from kvbm.events import Tier
 from kvbm.hashing import block_hashes
 from tests.instances import LAYOUT
+from tests.sim_engines import sim_spec
 from workers.engine import Job, Output, PrefillJob, TransferReport
 from workers.sim_engine import SimEngine
 
@@ -236,7 +239,13 @@ async def test_a_prefill_says_what_it_had_cached(engine: MakeEngine) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "words"),
-    [([], "empty"), ([10] * 512, "512 tokens; at most 511"), ([500], "from 0 to 499"), ([-1], "from 0 to 499")],
+    [
+        ([], "empty"),
+        ([10] * 512, "512 tokens; at most 511"),
+        ([500], "from 0 to 499"),
+        ([-1], "from 0 to 499"),
+        ([2**64], "from 0 to 499"),
+    ],
 )
 async def test_impossible_prompts_are_request_errors(engine: MakeEngine, tokens: list[int], words: str) -> None:
     one = await engine()
@@ -343,3 +352,32 @@ async def test_computing_is_measured(engine: MakeEngine) -> None:
     forecast = one.cost.forecast(1, 100, 0, remote=False)
     assert forecast.compute_s is not None
     assert forecast.compute_s >= 0.01
+
+
+def test_a_request_that_comes_ends_a_burst_of_steps_at_the_end_of_one(model: Path) -> None:
+    async def main() -> tuple[list[tuple[float, int]], float]:
+        spec = sim_spec(model, "one", Role.DECODE, {"decode_step_ms": 10, "steps_at_once": 100, "block_size": 256})
+        one = SimEngine(spec, Role.DECODE, Incarnation("one"), CollectorRegistry())
+        await one.start()
+        clock, arrivals = asyncio.get_running_loop().time, list[tuple[float, int]]()
+
+        async def consume() -> None:
+            async with aclosing(one.generate(Job(RequestId("r"), PROMPT[:10], greedy(60)))) as outputs:
+                async for output in outputs:
+                    arrivals.append((round(clock(), 6), len(output.token_ids)))
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(consume())
+            await asyncio.sleep(0.103)
+            began = clock()
+            await generate(one, PROMPT[:5], greedy(1))
+            waited = clock() - began
+        await one.close()
+        return arrivals, waited
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        arrivals, waited = runner.run(main())
+    # One token with the prompt; eleven steps until the end of the one in which the other request came; the step that
+    # computes its prompt; and all the others, but for one that its end cuts off.
+    assert arrivals == [(0.0, 1), (0.11, 11), (0.12, 1), (0.13, 1), (0.59, 46)]
+    assert waited == pytest.approx(0.017)

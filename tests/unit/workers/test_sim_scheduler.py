@@ -303,3 +303,51 @@ def test_any_mix_ends_with_the_same_output_as_alone(
         alone.add("x", prompt(length, start * 50), max_tokens)
         alone.run()
         assert batch.text(str(number)) == alone.text("x")
+
+
+def test_steps_alike_are_computed_at_once_until_a_block_is_full_or_a_sequence_ends() -> None:
+    batch = Batch()
+    batch.scheduler.steps_at_once = 100
+    batch.add("short", prompt(9), max_tokens=3)
+    batch.add("long", prompt(9, 50), max_tokens=9)
+    repeats = []
+    while (step := batch.scheduler.plan()).tokens:
+        repeats.append(step.repeats)
+        for sequence, output in batch.scheduler.finish(step, step.repeats):
+            batch.outputs.setdefault(sequence.request_id, []).append(output)
+        batch.pool.check()
+    # The prompts with their first tokens; the two other tokens of "short"; what blocks of 4 then have room for.
+    assert repeats == [1, 2, 1, 4, 1]
+    for name, start, count in (("short", 0, 3), ("long", 50, 9)):
+        alone = Batch()
+        alone.add(name, prompt(9, start), max_tokens=count)
+        alone.run()
+        assert batch.text(name) == alone.text(name)
+        assert batch.outputs[name][-1].finish == "length"
+
+
+def test_fewer_steps_than_may_be_computed_at_once_can_be_told_of() -> None:
+    batch = Batch(blocks=64)
+    batch.scheduler.steps_at_once = 100
+    batch.add("a", prompt(8), max_tokens=20)
+    batch.step()
+    batch.step()
+    step = batch.scheduler.plan()
+    assert step.repeats == 3
+    ((_, output),) = batch.scheduler.finish(step, 2)
+    assert len(output.token_ids) == 2
+
+
+def test_a_stop_token_ends_a_sequence_in_the_middle_of_steps_at_once() -> None:
+    batch = Batch()
+    batch.add("free", prompt(8), max_tokens=6)
+    batch.run()
+    stop = batch.text("free")[2]
+    batch.scheduler.steps_at_once = 100
+    batch.add("stopped", prompt(8), max_tokens=6, stop_token_ids=(stop,))
+    while (step := batch.scheduler.plan()).tokens:
+        for sequence, output in batch.scheduler.finish(step, step.repeats):
+            batch.outputs.setdefault(sequence.request_id, []).append(output)
+    assert batch.text("stopped") == batch.text("free")[: batch.text("free").index(stop) + 1]
+    assert batch.outputs["stopped"][-1].stop_token == stop
+    assert batch.pool.pinned == 0

@@ -115,3 +115,29 @@ def test_a_vocabulary_of_special_tokens_is_a_start_error(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 1, "eos_token_id": 0}))
     with pytest.raises(StartError, match="no ordinary token"):
         SimModel.read(tmp_path)
+
+
+@pytest.mark.parametrize("count", [63, 64, 65, 1000])
+def test_folding_many_tokens_at_once_gives_the_state_of_folding_them_one_by_one(count: int) -> None:
+    tokens = [(i * 7919) % 200_000 for i in range(count)]
+    state = 5
+    for token in tokens:
+        state = fold(state, [token])
+    assert fold(5, tokens) == state
+
+
+def test_many_tokens_at_once_are_those_that_follow_one_by_one() -> None:
+    sampler = Sampler(PLAIN, Sampling(max_tokens=50, temperature=0.0), 0)
+    state, expected = 9, []
+    for position in range(50):
+        token, _ = sampler.next(state, position, position)
+        expected.append(token)
+        state = fold(state, [token])
+    assert sampler.many(9, 50) == (expected, state)
+    assert sampler.plain
+
+
+@pytest.mark.parametrize("more", [{"temperature": 1.0}, {"logprobs": 1}, {"stop_token_ids": (5,)}])
+def test_a_sampler_that_needs_more_than_the_state_is_not_plain(more: dict[str, object]) -> None:
+    sampling = Sampling(**{"max_tokens": 5, "temperature": 0.0} | more)  # type: ignore[arg-type]
+    assert not Sampler(PLAIN, sampling, 0).plain
