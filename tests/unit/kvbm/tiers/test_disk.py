@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import shutil
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -16,7 +17,7 @@ import pytest
 from kvbm.errors import TierFailed, TierRefused
 from kvbm.events import Tier
 from kvbm.tiers import disk
-from kvbm.tiers.base import Changes, StorageTier
+from kvbm.tiers.base import Changes, HostRecord, StorageTier
 from kvbm.tiers.disk import DiskSettings, DiskTier, SlotFile
 from kvbm.tiers.slots import Eviction
 from tests.tier_folder import RECORDS, Host, named, wanted
@@ -109,6 +110,31 @@ async def test_writes_at_the_same_time_store_each_block_once(host: Host, tmp_pat
         records = host.filled([1, 2, 3, 4])
         assert await asyncio.gather(*(tier.write(part) for part in (records[:3], records[1:], records))) == [3, 3, 4]
         assert tier.used_bytes == 4 * RECORDS.stride
+
+
+async def test_whatever_is_written_and_forgotten_meanwhile_what_is_read_is_what_was_asked_for(tmp_path: Path) -> None:
+    host, numbers = Host(slots=24), random.Random(1)
+    reads, writing = 0, True
+
+    async def read(first: int) -> None:
+        nonlocal reads
+        while writing:
+            await asyncio.sleep(0)  # a read of nothing does not wait
+            asked = [HostRecord(named(numbers.randrange(12)), first + place) for place in range(4)]
+            for record, there in zip(asked, await tier.read(asked), strict=True):
+                assert not there or host.holds(record.slot, record.hash[0])
+                reads += there
+
+    async with opened(host, tmp_path, 6) as tier:
+        async with asyncio.TaskGroup() as group:
+            for first in (8, 12, 16, 20):
+                group.create_task(read(first))
+            for _ in range(60):
+                await tier.write(host.filled([numbers.randrange(12) for _ in range(4)]))
+                await tier.forget(named(numbers.randrange(12)))
+            writing = False
+        assert reads
+    host.close()
 
 
 # ---- what is not what it was ----
