@@ -12,7 +12,21 @@ from dynamo_lite.config import Config
 from dynamo_lite.rdma import RdmaPort
 from dynamo_lite.transfer_plan import TransferPlan
 
-AGENT = "from workers.transfer.nixl import NixlAgent; print(len(NixlAgent('a').metadata()))"
+# It ends without C's destructors: that of libnl-route, in NIXL's wheel, crashes on some hosts.
+AGENT = """
+import os, sys, traceback
+from workers.transfer.nixl import NixlAgent
+
+code = 0
+try:
+    print(len(NixlAgent("a").metadata()))
+except Exception:
+    traceback.print_exc()
+    code = 1
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)
+"""
 PORT = RdmaPort("mlx5_0", 1, "InfiniBand", "ACTIVE")  # there is none: as if it had been taken away
 
 
