@@ -29,6 +29,7 @@ from dynamo_lite.processes import die_with_parent
 from dynamo_lite.rdma import rdma_ports
 from dynamo_lite.transports import usable_ports
 from workers.connector.channel import ConnectorEnd
+from workers.connector.hashes import name_salts
 from workers.connector.offload_plan import OffloadPlans
 from workers.connector.protocol import (
     Alive,
@@ -82,6 +83,7 @@ class DynamoLiteConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: WorkerSide | None = None
         self._channel = channel
         if role is KVConnectorRole.SCHEDULER:
+            name_salts()
             block_size = vllm_config.cache_config.block_size
             self._offloads = OffloadPlans(block_size, extra["second_use"]) if extra["arena"] else None
             self._scheduler = SchedulerSide(block_size, extra["min_remote_tokens"], channel.report, self._offloads)
