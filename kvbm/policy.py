@@ -168,7 +168,7 @@ class PullCost:
     def pulled(self, size: int, rest: int, seconds: float, moving_s: float) -> None:
         """The first token came so long after a prefix was asked for.
 
-        Of that its `size` bytes were under way for `moving_s`; then the `rest` of the prompt, in tokens, was computed.
+        Of that its `size` bytes were under way for `moving_s`, and then the `rest` was computed, in tokens.
         """
         rest_s = self._compute.seconds_for(rest)
         if rest_s is None and rest >= _LEAST_TOKENS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +14,8 @@ import pytest
 from dynamo_lite.config import NatsAddress
 from dynamo_lite.plane.bus import Bus
 from dynamo_lite.plane.wire import PrefillReply, PrefillRequest, PushTarget, RequestId, Subjects, decode, encode
-from tests.integration.serving.deployment import Deployment, scrape, total, until
+from tests.integration.serving.conftest import GROUP
+from tests.integration.serving.deployment import Deployment, scrape, serve, total, until
 from tests.integration.serving.requests import BLOCK, MODEL, prompt, tokens
 from tests.integration.serving.test_faults import FROZEN_S, RESTART_S, at_rest, running
 from tests.integration.serving.test_prefix_hits import cached_tokens
@@ -22,10 +23,23 @@ from tests.integration.serving.test_prefix_hits import cached_tokens
 pytestmark = pytest.mark.vllm
 
 WORKERS = ("both-0", "both-1")
+DECODERS = ("decode-0", "decode-1")
+
+
+@pytest.fixture(scope="module")
+def trio(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """A prefill worker and two decode workers, which pull from each other rather than ask it."""
+    config: dict[str, Any] = {
+        "workers": {"prefill": GROUP, "decode": GROUP | {"count": 2}},
+        "kv_transfer": {"verify": True, "pull": "always"},
+        "router": {"overlap_weight": 0},
+    }
+    with serve(tmp_path_factory.mktemp("trio"), base | config) as deployment:
+        yield deployment
 
 
 def other_than(name: str) -> str:
-    return next(worker for worker in WORKERS if worker != name)
+    return next(worker for pair in (WORKERS, DECODERS) for worker in pair if name in pair and worker != name)
 
 
 def indexed(deployment: Deployment) -> float:
@@ -33,9 +47,9 @@ def indexed(deployment: Deployment) -> float:
 
 
 @contextmanager
-def held(deployment: Deployment, token_ids: list[int], **more: Any) -> Iterator[str]:
+def held(deployment: Deployment, token_ids: list[int], workers: Sequence[str] = WORKERS, **more: Any) -> Iterator[str]:
     """One worker is busy with a request of this prompt, and the router knows its blocks; others go elsewhere."""
-    for name in WORKERS:
+    for name in workers:
         until(lambda name=name: at_rest(deployment, name), f"{name} is idle")  # type: ignore[misc]
     before = indexed(deployment)
     body = {"model": MODEL, "prompt": token_ids, "max_tokens": 3900 - len(token_ids), "stream": True}
@@ -43,18 +57,18 @@ def held(deployment: Deployment, token_ids: list[int], **more: Any) -> Iterator[
     with httpx.stream("POST", f"{deployment.url}/v1/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
         assert next(lines).startswith("data: ")
-        until(lambda: any(running(deployment, name) for name in WORKERS), "it runs")
-        (holder,) = (name for name in WORKERS if running(deployment, name))
+        until(lambda: any(running(deployment, name) for name in workers), "it runs")
+        (holder,) = (name for name in workers if running(deployment, name))
         new = len(token_ids) // BLOCK
         until(lambda: indexed(deployment) >= before + new, "the router knows its blocks")
         yield holder
 
 
 @contextmanager
-def kept_busy(deployment: Deployment, name: str, seed: int) -> Iterator[None]:
+def kept_busy(deployment: Deployment, name: str, seed: int, workers: Sequence[str] = WORKERS) -> Iterator[None]:
     """Requests go to the other worker."""
     for number in range(4):  # workers that are equally idle take turns
-        with held(deployment, prompt(BLOCK, seed + number)) as busy:
+        with held(deployment, prompt(BLOCK, seed + number), workers) as busy:
             if busy == name:
                 yield
                 return
@@ -222,3 +236,44 @@ def test_killing_the_holder_while_others_pull_from_it_costs_no_request(pair: Dep
     until(lambda: at_rest(pair, mine), "nothing stays held")
     until(lambda: pair.restarted(holder, starts + 1), "the holder is back", RESTART_S)
     until(lambda: at_rest(pair, holder), "and holds nothing")
+
+
+def on_one_decode_worker(deployment: Deployment, prefix: list[int]) -> None:
+    """Have decode-1 alone hold a prefix: what is missing of each of these prompts is too short to be asked for."""
+    before = indexed(deployment)
+    with kept_busy(deployment, "decode-0", prefix[0], DECODERS):
+        for end in range(BLOCK, len(prefix) + 1, BLOCK):
+            cached_tokens(deployment, prefix[:end])
+        until(lambda: indexed(deployment) >= before + len(prefix) // BLOCK, "the router knows its blocks")
+
+
+def test_a_decode_worker_pulls_from_another_and_leaves_the_prefill_worker_alone(
+    trio: Deployment, together: Deployment
+) -> None:
+    prefix = prompt(10 * BLOCK, 400)
+    whole = prefix + prompt(500, 401)
+    expected = tokens(together, whole, temperature=0)
+    on_one_decode_worker(trio, prefix)
+    with kept_busy(trio, "decode-1", 920, DECODERS):
+        before, computed = moved(trio, "decode-0"), total(trio.metrics("prefill-0"), "vllm:prompt_tokens_total")
+        assert tokens(trio, whole, temperature=0) == expected
+        assert prompts(trio, "decode-0", "pulled") == 1
+        assert moved(trio, "decode-0") == before + 10
+        assert total(trio.metrics("prefill-0"), "vllm:prompt_tokens_total") == computed
+
+
+def test_the_prefill_worker_is_asked_for_what_a_frozen_holder_did_not_give(
+    trio: Deployment, together: Deployment
+) -> None:
+    prefix = prompt(10 * BLOCK, 410)
+    whole = prefix + prompt(500, 411)
+    expected = tokens(together, whole, temperature=0)
+    on_one_decode_worker(trio, prefix)
+    with kept_busy(trio, "decode-1", 930, DECODERS):
+        before, remote = moved(trio, "decode-0"), prompts(trio, "decode-0", "remote")
+        with trio.frozen(trio.engine_pid("decode-1")), ThreadPoolExecutor(1) as pool:
+            assert pool.submit(tokens, trio, whole, temperature=0).result(FROZEN_S) == expected
+        assert prompts(trio, "decode-0", "remote") == remote + 1
+        assert moved(trio, "decode-0") == before + 10, "the rest was computed here"
+    for name in (*DECODERS, "prefill-0"):
+        until(lambda name=name: at_rest(trio, name), f"{name} holds nothing", 60)  # type: ignore[misc]
