@@ -10,7 +10,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 
 from dynamo_lite.config import Config
 from dynamo_lite.plane.layout import KvLayout
@@ -120,7 +120,10 @@ class SimTiers:
         return self.cost.forecast(parts, self._stride, self._block_size).blocks if parts else 0
 
     def read(self, hashes: Sequence[FullHash], arrived: Callable[[int], None]) -> None:
-        """Bring these to the device; `arrived` is called later, with how many of them, from the first on, came."""
+        """Bring these to the device; `arrived` is called later, with how many of them, from the first on, came.
+
+        What `worth` saw may have had to make room since.
+        """
         loop = asyncio.get_running_loop()
         self._owners += 1
         reading = _Reading([], loop.time(), True, arrived, str(self._owners))
@@ -135,7 +138,8 @@ class SimTiers:
         """Pin what is in host memory, let come what is not, as far as there is room; returns when it will be there."""
         near = {one: block for one in hashes if (block := self.manager.find(one)) is not None}
         self.manager.pin(reading.owner, list(near.values()))  # first, or what comes might take their place
-        far = [one for one in hashes if one not in near]
+        there = takewhile(lambda one: one in near or any(one in storage for storage in self.storages), hashes)
+        far = [one for one in there if one not in near]
         coming = dict(zip(far, self.manager.expect(far) if far else [], strict=False))
         self.manager.pin(reading.owner, list(coming.values()))
         left = dict(coming)

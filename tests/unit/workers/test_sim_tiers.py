@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +18,10 @@ from dynamo_lite.errors import StartError
 from dynamo_lite.plane.wire import Incarnation, PushTarget, RequestId, Role, Sampling
 from dynamo_lite.router.router import Router
 from kvbm.events import BlocksRemoved, BlocksStored, KvEvent, KvEventBatch, Tier
-from kvbm.hashing import block_hashes
+from kvbm.hashing import block_hashes, full_block_hashes
 from tests.instances import LAYOUT, record, roster
 from tests.sim_engines import STRIDE, sim_spec
-from workers.engine import Job, Output, PrefillJob, TierLoad
+from workers.engine import Job, Output, PrefillJob, TierLoad, TransferReport
 from workers.sim_engine import SimEngine
 from workers.sim_storage import Bucket
 
@@ -246,6 +246,24 @@ def test_a_request_that_goes_while_its_prefix_is_read_leaves_nothing_pinned(mode
     in_virtual_time(model, body)
 
 
+def test_of_a_prefix_that_has_gone_meanwhile_only_what_is_left_is_read(model: Path) -> None:
+    async def body(fleet: Fleet) -> None:
+        engine = await fleet.engine(SMALL_HOST)
+        await ask(engine, prompt(0))
+        await asyncio.sleep(1)
+        tiers, came = engine._tiers, list[int]()
+        assert tiers is not None
+        here = full_block_hashes(prompt(0), 16)
+        tiers.read(here[:3] + full_block_hashes(prompt(1), 16), came.append)
+        tiers.read(full_block_hashes(prompt(1), 16), came.append)
+        await asyncio.sleep(1)
+        assert came == [3, 0]
+        assert tiers.manager.pinned == {}
+        tiers.manager.check()
+
+    in_virtual_time(model, body)
+
+
 def test_two_requests_for_one_prefix_have_it_read_from_disk_once(model: Path) -> None:
     async def body(fleet: Fleet) -> None:
         engine = await fleet.engine(SMALL_HOST | {"disk": LARGE}, max_num_batched_tokens=4096)
@@ -266,6 +284,49 @@ def test_a_prefill_worker_reads_its_tiers_too(model: Path) -> None:
         for number in range(6):
             await engine.prefill(PrefillJob(RequestId("p"), prompt(number), target))
         assert (await engine.prefill(PrefillJob(RequestId("p"), prompt(0), target))).cached_tokens == 96
+
+    in_virtual_time(model, body)
+
+
+@dataclass
+class Remote:
+    """A prefill worker that answers at once."""
+
+    targets: list[PushTarget] = field(default_factory=list)
+    reports: list[TransferReport] = field(default_factory=list)
+    skips: list[str] = field(default_factory=list)
+    asked: str = "prefill"
+    more: bool = True
+
+    async def ask(self, target: PushTarget, first_token: Callable[[int], None] | None = None) -> int:
+        self.targets.append(target)
+        return 0
+
+    def stop(self) -> None:
+        raise AssertionError("nobody gives up")
+
+    def failed(self, cause: str) -> None:
+        raise AssertionError(cause)
+
+    def skipped(self, reason: str) -> None:
+        self.skips.append(reason)
+
+    def transferred(self, report: TransferReport) -> None:
+        self.reports.append(report)
+
+
+def test_what_the_tiers_do_not_hold_of_a_prompt_is_asked_of_a_prefill_worker(model: Path) -> None:
+    async def body(fleet: Fleet) -> None:
+        engine = await fleet.engine(HOST)
+        await ask(engine, prompt(0))
+        await push_out(engine)
+        remote, longer = Remote(), prompt(0)[:96] + prompt(70)
+        job = Job(RequestId("r"), longer, Sampling(max_tokens=3, temperature=0.0), remote=remote)
+        assert await text(engine, job) == await text(await fleet.engine({}), replace(job, remote=None))
+        ((target,), (report,)) = remote.targets, remote.reports
+        assert (target.first_block, target.num_blocks, report.blocks) == (6, 7, 7)
+        assert load_of(engine, Tier.HOST).onboarded == 6
+        assert engine.load().kv_used_blocks == 0
 
     in_virtual_time(model, body)
 
