@@ -20,7 +20,8 @@ from kvbm.events import Tier
 
 LOOK_UP_S = 15.0  # for the workers, in the discovery service
 ANSWER_S = 5.0  # for what a worker knows
-ACT_S = 3600.0  # for what it has to do, as long as it shows signs of life
+VERIFY_S = 60.0  # for some blocks of a tier, as long as the worker shows signs of life
+PURGE_S = 3600.0  # for all of them, likewise
 SILENCE_S = 10.0  # without one
 
 T = TypeVar("T")
@@ -62,7 +63,8 @@ class KvClient:
         me, data = worker.record.incarnation, encode(KvRequest(ask))
         subject, probe = self._subjects.kv_admin(me), self._subjects.ping(me)
         if isinstance(ask, KvVerify | KvPurge):
-            answer = await self._bus.call(subject, data, timeout_s=ACT_S, probe=probe, silence_s=SILENCE_S)
+            timeout_s = PURGE_S if isinstance(ask, KvPurge) else VERIFY_S
+            answer = await self._bus.call(subject, data, timeout_s=timeout_s, probe=probe, silence_s=SILENCE_S)
         else:
             answer = await self._bus.request(subject, data, ANSWER_S)
         told = decode(answer, KvAnswer).told

@@ -55,8 +55,9 @@ def test_what_is_on_disk_is_shown_and_listed(on_disk: Deployment) -> None:
 
 def test_a_byte_that_changed_on_disk_is_found_dropped_and_counted(on_disk: Deployment) -> None:
     token_ids = prompt(1000, 410)
-    expected = tokens(on_disk, token_ids, temperature=0)
     put_on_disk(on_disk, token_ids, 411)
+    expected = tokens(on_disk, token_ids, temperature=0)
+    flush(on_disk, 412)
     counted_before, there = counted(on_disk, W, "corrupt", "disk"), blocks_of(on_disk, "disk")
     bad = full_block_hashes(token_ids, BLOCK)[5]
     _flip_a_byte_of(on_disk, bad)
@@ -97,8 +98,9 @@ def test_requests_are_answered_while_everything_is_verified(on_disk: Deployment)
 
 def test_what_was_purged_is_gone_for_good(on_disk: Deployment) -> None:
     token_ids = prompt(1000, 440)
-    expected = tokens(on_disk, token_ids, temperature=0)
     put_on_disk(on_disk, token_ids, 441)
+    expected = tokens(on_disk, token_ids, temperature=0)
+    flush(on_disk, 442)
     there = blocks_of(on_disk, "disk")
     refused = kv(on_disk, "purge", "--all")
     assert refused.exit_code == 2

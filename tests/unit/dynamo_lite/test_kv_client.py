@@ -45,7 +45,7 @@ def test_workers_of_one_name_on_several_hosts_are_told_apart() -> None:
 
 @pytest.mark.parametrize(
     ("count", "shown"),
-    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (18 * 2**20, "18.0 MiB"), (2**60, "1048576 TiB")],
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (18 * 2**20, "18.0 MiB")],
 )
 def test_sizes_are_short(count: int, shown: str) -> None:
     assert size(count) == shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,11 @@ from dynamo_lite import config
 from kvbm.errors import TierRefused
 from kvbm.events import Tier
 from kvbm.hashing import FullHash
-from kvbm.tiers.base import Changes, StorageTier
-from kvbm.tiers.host import HostMemory
+from kvbm.manager import BlockManager
+from kvbm.policy import OnboardCost
+from kvbm.storage import Storage, StoragePolicy
+from kvbm.tiers.base import Changes, HostRecord, StorageTier
+from kvbm.tiers.host import HostMemory, HostRecords
 from kvbm.tiers.record import Records
 from tests.object_tier import DESCRIPTION, SLOTS, SMALL, Worker, block_hash, key
 from workers.tiers.objects import StoreBlobs, object_blobs
@@ -250,3 +254,22 @@ def test_whatever_happens_to_the_store_a_tier_knows_what_its_last_listing_and_it
                 model.tell(who, each)
 
     asyncio.run(run())
+
+
+async def test_an_operator_has_what_is_wrong_and_then_everything_deleted_from_the_store(store: ObjectStore) -> None:
+    async with worker(store) as one, worker(store) as other:
+        await one.write([1, 2, 3])
+        await obstore.put_async(store, key(2), bytes(SMALL.bytes))
+        with ThreadPoolExecutor(1) as threads:
+            records, manager = HostRecords(other.memory, SMALL, threads), BlockManager(SLOTS, ranks=1)
+            policy = StoragePolicy(0.0, 1, False, timeout_s=5.0)
+            storage = Storage(other.tier, policy, manager, records, OnboardCost(), lambda: None)
+            await storage.open(5.0)
+            wanted = [HostRecord(block_hash(number), slot) for slot, number in enumerate((1, 2, 3, 4))]
+            assert await storage.verify(wanted) == [True, False, True, None]
+            assert storage.counts.corrupt == 1
+            with pytest.raises(FileNotFoundError):
+                await obstore.get_async(store, key(2))
+            assert await storage.purge() == 2
+        assert [each for page in obstore.list(store) for each in page] == []
+        assert other.tier.hashes() == ()
