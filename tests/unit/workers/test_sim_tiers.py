@@ -297,6 +297,10 @@ class Remote:
     skips: list[str] = field(default_factory=list)
     asked: str = "prefill"
     more: bool = True
+    end: int = 0  # of the prompt
+
+    def plan(self, here: int) -> int:
+        return self.end
 
     async def ask(self, target: PushTarget, first_token: Callable[[int], None] | None = None) -> int:
         self.targets.append(target)
@@ -320,7 +324,8 @@ def test_what_the_tiers_do_not_hold_of_a_prompt_is_asked_of_a_prefill_worker(mod
         engine = await fleet.engine(HOST)
         await ask(engine, prompt(0))
         await push_out(engine)
-        remote, longer = Remote(), prompt(0)[:96] + prompt(70)
+        longer = prompt(0)[:96] + prompt(70)
+        remote = Remote(end=len(longer))
         job = Job(RequestId("r"), longer, Sampling(max_tokens=3, temperature=0.0), remote=remote)
         assert await text(engine, job) == await text(await fleet.engine({}), replace(job, remote=None))
         ((target,), (report,)) = remote.targets, remote.reports

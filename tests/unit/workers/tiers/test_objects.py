@@ -259,7 +259,7 @@ def test_whatever_happens_to_the_store_a_tier_knows_what_its_last_listing_and_it
 async def test_an_operator_has_what_is_wrong_and_then_everything_deleted_from_the_store(store: ObjectStore) -> None:
     async with worker(store) as one, worker(store) as other:
         await one.write([1, 2, 3])
-        await obstore.put_async(store, key(2), bytes(SMALL.bytes))
+        await obstore.put_async(store, key(NAMESPACE, 2), bytes(SMALL.bytes))
         with ThreadPoolExecutor(1) as threads:
             records, manager = HostRecords(other.memory, SMALL, threads), BlockManager(SLOTS, ranks=1)
             policy = StoragePolicy(0.0, 1, False, timeout_s=5.0)
@@ -269,7 +269,7 @@ async def test_an_operator_has_what_is_wrong_and_then_everything_deleted_from_th
             assert await storage.verify(wanted) == [True, False, True, None]
             assert storage.counts.corrupt == 1
             with pytest.raises(FileNotFoundError):
-                await obstore.get_async(store, key(2))
+                await obstore.get_async(store, key(NAMESPACE, 2))
             assert await storage.purge() == 2
         assert [each for page in obstore.list(store) for each in page] == []
         assert other.tier.hashes() == ()
