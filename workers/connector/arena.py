@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from kvbm.tiers.record import stride_bytes
 from workers.errors import TransferError
+from workers.transfer.cuda_rows import rows_to_device, rows_to_host
 from workers.transfer.pack import Copier, Copy, Ids
 from workers.transfer.ready import Ready, ReadyWatch
 
@@ -63,8 +64,8 @@ class Arena:
         else:  # the next copy's blocks come into the scratch behind this one's, on the same stream
             self._copier.gather_each(block_ids, self._scratch[: len(slots)], ready)
             with self._copier.after():
-                for slot, block in zip(slots, self._scratch, strict=False):
-                    self._share(slot).copy_(block, non_blocking=True)
+                for first, count in _runs(slots):
+                    rows_to_host(self._scratch[first : first + count], self._shares(slots[first], count))
         return self._begun(slots)
 
     def get(self, slots: Sequence[int], block_ids: Ids, ready: Ready | None) -> Copy:
@@ -74,8 +75,8 @@ class Arena:
                 self._copier.scatter(block_ids[number : number + 1], self._share(slot), ready=ready)
         else:
             with self._copier.after():
-                for slot, block in zip(slots, self._scratch, strict=False):
-                    block.copy_(self._share(slot), non_blocking=True)
+                for first, count in _runs(slots):
+                    rows_to_device(self._shares(slots[first], count), self._scratch[first : first + count])
             self._copier.scatter_each(block_ids, self._scratch[: len(slots)], ready)
         return self._begun(slots)
 
@@ -94,6 +95,20 @@ class Arena:
     def _share(self, slot: int) -> torch.Tensor:
         """This rank's bytes of a slot."""
         return self._bytes.narrow(0, slot * self._slot_bytes + self._start, self.block_bytes)
+
+    def _shares(self, slot: int, count: int) -> torch.Tensor:
+        """This rank's bytes of that slot and those behind it, `[count, block_bytes]`."""
+        start = slot * self._slot_bytes + self._start
+        return self._bytes.as_strided((count, self.block_bytes), (self._slot_bytes, 1), start)
+
+
+def _runs(slots: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(first, count) of those that lie one behind the other, so that one call copies them all."""
+    first = 0
+    for number in range(1, len(slots) + 1):
+        if number == len(slots) or slots[number] != slots[number - 1] + 1:
+            yield first, number - first
+            first = number
 
 
 def _pin(memory: torch.Tensor) -> None:

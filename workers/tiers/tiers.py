@@ -151,7 +151,7 @@ class Tiers:
         given = self.manager.grant(wanted) if wanted > 0 else []
         self.tell()
         if given:
-            self._command(GrantSlots(tuple(given)))
+            self._command(GrantSlots(tuple(sorted(given))))  # neighbours are copied at once
 
     def tell(self) -> None:
         """The engine and the routers, of what has changed."""
