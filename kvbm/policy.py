@@ -13,6 +13,7 @@ from kvbm.events import Tier
 
 _DECAY = 0.8  # of what was measured before, at each new measurement
 _LEAST_TOKENS = 64  # shorter prompts say little about the speed of computing long ones
+_REACH = 4  # times the largest amount that was measured
 _REFUSALS = 32  # after so many in a row reading is measured anew
 
 
@@ -42,7 +43,8 @@ class Forecast:
 class Line:
     """Seconds for an amount: a latency and a rate, fitted to what was measured lately by least squares.
 
-    Measurements of about one size say nothing of the latency; then the time is in proportion to the amount.
+    Measurements of about one size say nothing of the latency; then the time is in proportion to the amount. And what
+    was measured of small amounts only says nothing of large ones.
     """
 
     weight: float = 0.0
@@ -50,6 +52,7 @@ class Line:
     seconds: float = 0.0
     squares: float = 0.0  # of the amounts
     products: float = 0.0  # amount × seconds
+    largest: float = 0.0  # amount
 
     def add(self, amount: float, seconds: float) -> None:
         for name, value in (
@@ -57,10 +60,11 @@ class Line:
             ("squares", amount * amount), ("products", amount * seconds),
         ):  # fmt: skip
             setattr(self, name, getattr(self, name) * _DECAY + value)
+        self.largest = max(self.largest, amount)
 
     def seconds_for(self, amount: float) -> float | None:
-        """None before the first measurement."""
-        if not self.amount:
+        """None before the first measurement, and far beyond what was measured."""
+        if not self.amount or amount > _REACH * self.largest:
             return None
         mean, mean_s = self.amount / self.weight, self.seconds / self.weight
         spread = self.squares / self.weight - mean * mean

@@ -88,8 +88,18 @@ def test_a_latency_is_told_from_a_rate_once_both_small_and_large_amounts_were_me
     line = Line()
     for amount in (1, 10, 100, 5, 50):
         line.add(amount, 2.0 + 0.1 * amount)
-    assert line.seconds_for(1000) == pytest.approx(102.0)
+    assert line.seconds_for(400) == pytest.approx(42.0)
     assert line.seconds_for(1) == pytest.approx(2.1)
+
+
+def test_what_a_small_prefix_took_says_nothing_of_a_large_one() -> None:
+    cost = OnboardCost()
+    cost.computed(100 * TOKENS, 1.0)
+    cost.onboarded(BYTES, 0.1)
+    assert not forecast(cost, host(2)).onboard
+    assert forecast(cost, host(50)).blocks == 50, "most of that tenth of a second may be latency"
+    cost.onboarded(50 * BYTES, 0.15)
+    assert forecast(cost, host(50)).onboard_s == pytest.approx(0.15, rel=0.01)
 
 
 def test_amounts_of_one_size_are_taken_in_proportion() -> None:
@@ -105,8 +115,8 @@ def test_no_measurements_make_a_prediction_below_nothing(measured: list[tuple[fl
     for one in measured:
         line.add(*one)
     seconds = line.seconds_for(amount)
-    assert seconds is not None
-    assert seconds >= 0
+    assert (seconds is None) == (amount > 4 * max(one for one, _ in measured))
+    assert seconds is None or seconds >= 0
 
 
 MB = 10**6

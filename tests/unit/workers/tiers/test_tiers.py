@@ -366,8 +366,8 @@ async def test_a_prefix_that_was_pinned_for_a_request_that_left_is_let_go(tmp_pa
 async def test_a_disk_that_takes_longer_than_computing_is_not_read(tmp_path: Path) -> None:
     async with tiers_of(64, disk=disk(tmp_path)) as (tiers, engine):
         await on_disk(tiers, engine)
-        tiers.cost.onboarded(BYTES, 0.001)
-        tiers.cost.read(Tier.DISK, BYTES, 10.0)
+        tiers.cost.onboarded(6 * BYTES, 0.001)
+        tiers.cost.read(Tier.DISK, 6 * BYTES, 10.0)
         tiers.cost.computed(1000, 0.1)
         assert tiers.onboard("r", PROMPT, None, 0) is None
         assert tiers.manager.pinned == {}
