@@ -65,11 +65,12 @@ class Storage:
     def __init__(
         self, tier: StorageTier, policy: StoragePolicy, manager: BlockManager, records: HostRecords,
         cost: OnboardCost, changed: Callable[[], None], observe: Observe = lambda _operation, _seconds: None,
+        release: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        """`changed`: called when `events` or the manager has something to tell."""
+        """`changed`: called when `events` or the manager has something to tell. `release`: once the tier is closed."""
         self.tier, self.policy = tier, policy
         self._manager, self._records, self._cost = manager, records, cost
-        self._changed, self._observe = changed, observe
+        self._changed, self._observe, self._release = changed, observe, release
         self.counts = StorageCounts()
         self.on = False
         self.queued = 0  # bytes being read
@@ -118,6 +119,7 @@ class Storage:
 
     async def close(self) -> None:
         await self.tier.close()
+        await asyncio.to_thread(self._release)
 
     @property
     def name(self) -> str:

@@ -25,15 +25,16 @@ def storages_of(
 ) -> list[Storage]:  # fmt: skip
     """Nearest first. Nothing is opened or contacted. Raises TierRefused."""
     found = []
-    for chosen, tier in _tiers(settings, place, memory, records):
+    for chosen, tier, release in _tiers(settings, place, memory, records):
         policy, observe = _policy(chosen, manager.slots), partial(metrics.observe, tier.tier)
-        found.append(Storage(tier, policy, manager, records, cost, changed, observe))
+        found.append(Storage(tier, policy, manager, records, cost, changed, observe, release))
     return found
 
 
 def _tiers(
     settings: config.KvTiers, place: Place, memory: HostMemory, records: HostRecords
-) -> Iterator[tuple[config.StorageTier, StorageTier]]:
+) -> Iterator[tuple[config.StorageTier, StorageTier, Callable[[], None]]]:
+    """With what is to be called once the tier is closed; that may wait for a second."""
     layout = records.layout
     if settings.disk is not None:
         timeout_s = settings.disk.timeout_ms / 1000
@@ -42,10 +43,11 @@ def _tiers(
         disk = DiskSettings(
             folder, settings.disk.size, layout.stride, place.namespace, settings.disk.eviction, timeout_s
         )
-        yield settings.disk, DiskTier(disk, files.open)
+        yield settings.disk, DiskTier(disk, files.open), files.close
     if settings.object is not None:
         blobs = object_blobs(settings.object, memory, layout)
-        yield settings.object, ObjectTier(blobs, layout, place.namespace, place.description, settings.object.refresh_s)
+        objects = ObjectTier(blobs, layout, place.namespace, place.description, settings.object.refresh_s)
+        yield settings.object, objects, lambda: None
 
 
 def _policy(settings: config.StorageTier, slots: int) -> StoragePolicy:
