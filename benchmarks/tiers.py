@@ -31,9 +31,11 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a script, which is not in a package
 
-from benchmarks import plot, report
+from benchmarks import report
 from benchmarks.deployment import ROOT, BenchmarkError, Deployment, serve
 from benchmarks.report import Bar
+from benchmarks.tier_plot import Panel
+from benchmarks.tier_plot import draw as draw_lines
 from tests.seaweedfs import ACCESS_KEY, SECRET_KEY, SeaweedFs, seaweedfs
 
 PROMPT_TOKENS = 1000
@@ -229,15 +231,12 @@ def draw(points: Sequence[Point], file: Path) -> None:
             name: [(one.times_device, getattr(one, field)) for one in points if one.tiers == name] for name in NAMES
         }
 
-    x = "working set, times what the device holds"
-    plot.write(
-        file,
-        [
-            plot.Chart("Prompt tokens found in a tier or on the device", x, "of 1", series("hit_rate")),
-            plot.Chart("Time to first token, median", x, "ms", series("p50_ms")),
-            plot.Chart("Time to first token, p99", x, "ms", series("p99_ms")),
-        ],
-    )
+    panels = [
+        Panel("Prompt tokens found, of 1", series("hit_rate")),
+        Panel("Time to first token, median, ms", series("p50_ms")),
+        Panel("Time to first token, p99, ms", series("p99_ms")),
+    ]
+    file.write_text(draw_lines(panels, "working set, times what the device holds"), encoding="utf-8")
 
 
 def measure(bench: Bench, prompts: int, batches: int, passes: int) -> tuple[list[Prefix], list[Asked], list[Batch]]:
