@@ -14,7 +14,9 @@ from kvbm.events import Tier
 _DECAY = 0.8  # of what was measured before, at each new measurement
 _LEAST_TOKENS = 64  # shorter prompts say little about the speed of computing long ones
 _REACH = 4  # times the largest amount that was measured
-_REFUSALS = 32  # after so many in a row reading is measured anew
+_REFUSALS = 32  # after so many in a row a little is read, to see whether it is still slow
+_TRIAL = 4  # blocks
+_FASTER = 0.5  # of what was predicted: then what was measured before is of another time
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,9 @@ class Line:
     largest: float = 0.0  # amount
 
     def add(self, amount: float, seconds: float) -> None:
+        predicted = self.seconds_for(amount)
+        if predicted is not None and seconds < _FASTER * predicted:
+            self.weight = self.amount = self.seconds = self.squares = self.products = self.largest = 0.0
         for name, value in (
             ("weight", 1.0), ("amount", amount), ("seconds", seconds),
             ("squares", amount * amount), ("products", amount * seconds),
@@ -106,9 +111,6 @@ class OnboardCost:
 
         What has not been measured is read: once is how its time becomes known.
         """
-        if self._refused >= _REFUSALS:
-            self._copy, self._refused = Line(), 0
-            self._reads.clear()
         every = sum(part.blocks for part in parts)
         compute_s = self._compute.seconds_for(every * block_size)
         best = Forecast(0, compute_s, compute_s)
@@ -121,6 +123,9 @@ class OnboardCost:
             elif best.onboard_s is not None and read_s + rest_s <= best.onboard_s:
                 best = Forecast(blocks, read_s + rest_s, compute_s)
         self._refused = 0 if best.onboard else self._refused + 1
+        if self._refused > _REFUSALS:
+            self._refused = 0
+            best = Forecast(min(_TRIAL, every), best.onboard_s, compute_s)
         return best
 
     def _read_s(self, parts: Sequence[Part], block_bytes: int) -> float | None:
