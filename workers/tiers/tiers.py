@@ -199,7 +199,10 @@ class Tiers:
         """Where the blocks of the longest prefix are that the tiers hold together."""
         found: list[Tier] = []
         for block_hash in hashes:
-            if self.manager.find(block_hash) is not None:
+            block = self.manager.find(block_hash)
+            if block is not None and self._loads.hang(block):
+                break
+            if block is not None:
                 self._hits += 1
                 found.append(Tier.HOST)
                 continue

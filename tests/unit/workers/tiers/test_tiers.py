@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ from workers.engine import TierLoad
 from workers.tiers import tiers as module
 from workers.tiers.place import Place
 from workers.tiers.tiers import Tiers
+from workers.transfer import files
 
 BLOCK, BYTES, SLOT = 16, 1024, 4096  # tokens; bytes of a block, and of the slot for its record
 PROMPT = list(range(100))  # six whole blocks
@@ -371,6 +373,20 @@ async def test_a_disk_that_takes_longer_than_computing_is_not_read(tmp_path: Pat
         tiers.cost.computed(1000, 0.1)
         assert tiers.onboard("r", PROMPT, None, 0) is None
         assert tiers.manager.pinned == {}
+
+
+async def test_requests_do_not_wait_for_blocks_that_a_dead_volume_does_not_let_go_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with tiers_of(64, disk=disk(tmp_path, timeout_ms=10)) as (tiers, engine):
+        await on_disk(tiers, engine)
+        opened, read = threading.Event(), files._preadv
+        monkeypatch.setattr(files, "_preadv", lambda *args: opened.wait(20) and read(*args))
+        assert tiers.onboard("first", PROMPT, None, 0) is not None
+        assert (await engine.take(OnboardChecked)).blocks == 0
+        await until(tiers, lambda: not load_of(tiers, Tier.DISK).on)
+        assert tiers.onboard("second", PROMPT, None, 0) is None
+        opened.set()
 
 
 def _change_a_byte(folder: Path, content: bytes) -> None:
