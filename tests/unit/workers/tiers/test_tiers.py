@@ -157,6 +157,26 @@ async def test_the_engine_is_told_of_blocks_that_are_right_before_all_are_checke
         assert [(one.blocks, one.more) for one in told] == [(2, True), (2, False)]
 
 
+async def test_what_comes_into_slots_that_were_let_go_is_not_taken_for_a_damaged_block(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with tiers_of(64) as (tiers, engine):
+        slots = await engine.offload(range(4))
+        entered, opened = threading.Event(), threading.Event()
+        threads = [tiers._threads.submit(lambda: entered.set() or opened.wait(20)) for _ in range(tiers._readers)]
+        assert tiers.onboard("r", PROMPT, None, 0) is not None
+        tiers.handle(Onboarded("r", 0, "cancelled"))
+        await emptied(tiers, engine)
+        for slot in slots:
+            tiers.memory.view(slot * SLOT, BYTES)[:] = b"x" * BYTES
+        opened.set()
+        for thread in threads:
+            await asyncio.wrap_future(thread)
+        await asyncio.gather(*(task for task in asyncio.all_tasks() if "_check" in repr(task.get_coro())))
+        assert "not what was stored" not in caplog.text
+        assert not [one for one in engine.commands if isinstance(one, OnboardChecked)]
+
+
 async def test_slots_are_pinned_until_every_rank_has_let_go() -> None:
     async with tiers_of(64, ranks=2) as (tiers, engine):
         await engine.offload(range(3), ranks=2)
@@ -361,8 +381,9 @@ async def test_a_prefix_that_was_pinned_for_a_request_that_left_is_let_go(tmp_pa
         tiers.release("r")
         await engine.take(OnboardOver)
         tiers.handle(Onboarded("r", 0, "cancelled"))
-        await engine.take(OnboardChecked, lambda one: not one.more)
+        await until(tiers, lambda: load_of(tiers, Tier.DISK).onboarded == 6)
         assert tiers.manager.pinned == {}
+        assert not [one for one in engine.commands if isinstance(one, OnboardChecked)], "nobody asks any more"
 
 
 async def test_a_disk_that_takes_longer_than_computing_is_not_read(tmp_path: Path) -> None:
