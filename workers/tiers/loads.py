@@ -59,7 +59,8 @@ class Loads:
             await load.storage.read(load.blocks)
         finally:
             for block in load.blocks:
-                self._of_slot.pop(block.slot, None)
+                if self._of_slot.get(block.slot) is load:  # a failed one's may be the next load's
+                    del self._of_slot[block.slot]
             load.over.set()
             free.release()
 

@@ -40,6 +40,9 @@ class MemoryTier:
         self.failure = ""  # what every operation fails with
         self.gate = asyncio.Event()  # open, unless a test closes it
         self.gate.set()
+        self.forgetting = asyncio.Event()
+        self.forgets = asyncio.Event()  # open, unless a test closes it
+        self.forgets.set()
         self.writes: list[int] = []  # records of each write
         self.syncs = self.probes = 0
         self.probed = asyncio.Event()
@@ -88,6 +91,8 @@ class MemoryTier:
 
     async def forget(self, block_hash: FullHash) -> None:
         self.content.pop(block_hash, None)
+        self.forgetting.set()
+        await self.forgets.wait()
 
     async def purge(self) -> int:
         await self._work()
