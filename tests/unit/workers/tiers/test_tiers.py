@@ -162,8 +162,8 @@ async def test_what_comes_into_slots_that_were_let_go_is_not_taken_for_a_damaged
 ) -> None:
     async with tiers_of(64) as (tiers, engine):
         slots = await engine.offload(range(4))
-        entered, opened = threading.Event(), threading.Event()
-        threads = [tiers._threads.submit(lambda: entered.set() or opened.wait(20)) for _ in range(tiers._readers)]
+        opened = threading.Event()
+        threads = [tiers._threads.submit(opened.wait, 20) for _ in range(tiers._readers)]
         assert tiers.onboard("r", PROMPT, None, 0) is not None
         tiers.handle(Onboarded("r", 0, "cancelled"))
         await emptied(tiers, engine)
