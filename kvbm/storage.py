@@ -98,7 +98,7 @@ class Storage:
 
     def loops(self) -> list[Coroutine[object, object, NoReturn]]:
         """To be run from `open` on."""
-        return [self._run(), *self.tier.loops()]
+        return [self._run(), *self.tier.loops(self._changed)]
 
     async def _run(self) -> NoReturn:
         while True:

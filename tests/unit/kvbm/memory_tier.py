@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NoReturn
@@ -56,7 +56,7 @@ class MemoryTier:
     async def open(self) -> None:
         await self._work()
 
-    def loops(self) -> list[Coroutine[object, object, NoReturn]]:
+    def loops(self, changed: Callable[[], None]) -> list[Coroutine[object, object, NoReturn]]:
         return []
 
     async def probe(self) -> None:
