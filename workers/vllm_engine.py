@@ -276,11 +276,17 @@ class VllmEngine:
         except ValueError as error:
             raise RequestError(str(error)) from error
         finally:
-            await results.aclose()
-            await stream.aclose()
-            self._onboarded(job.request_id)
-            if self._receives is not None and receive is not None:
-                self._receives.release(job.request_id)
+            try:
+                await results.aclose()
+                await stream.aclose()
+            finally:  # also when the request is cancelled once more meanwhile
+                self._over(job.request_id)
+
+    def _over(self, request_id: str) -> None:
+        """A request has ended: nothing is held for it any more."""
+        self._onboarded(request_id)
+        if self._receives is not None:
+            self._receives.release(request_id)
 
     def _cached_tokens(self, receive: Receive | None, result: RequestOutput | int) -> int | None:
         """Of the prompt, not counting those that a prefill worker was asked for: vLLM takes these for cached, too."""
