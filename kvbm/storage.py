@@ -13,8 +13,8 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -30,6 +30,7 @@ from kvbm.tiers.slots import Stored
 _log = logging.getLogger(__name__)
 _BATCH_BYTES = 32 * 2**20  # of one write
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0  # before a tier that is off is tried again
+_PATIENCE = 10  # times `timeout_s` may pass in a read or a batch of a write, before the tier is off
 _HEALTHY_S = 60.0  # after that long the pauses begin anew
 _SEEN = 65536  # hashes remembered for a second use
 
@@ -97,7 +98,7 @@ class Storage:
 
     def loops(self) -> list[Coroutine[object, object, NoReturn]]:
         """To be run from `open` on."""
-        return [self._run(), *self.tier.loops()]
+        return [self._run(), *self.tier.loops(self._changed)]
 
     async def _run(self) -> NoReturn:
         while True:
@@ -172,7 +173,8 @@ class Storage:
         before, self.queued = self.queued, self.queued + size
         wanted = [HostRecord(block.hash, block.slot) for block in blocks]
         try:
-            there = await self.tier.read(wanted)
+            with self._watched():
+                there = await self.tier.read(wanted)
         except TierFailed as error:
             self._turn_off(error)
             there = [False] * len(blocks)
@@ -203,7 +205,8 @@ class Storage:
         size = len(records) * self._records.layout.bytes
         self.queued += size
         try:
-            there = await self.tier.read(records, use=False)
+            with self._watched():
+                there = await self.tier.read(records, use=False)
         except TierFailed as error:
             self._turn_off(error)
             raise
@@ -287,7 +290,8 @@ class Storage:
                 if checksum is None:
                     self._manager.corrupt(block)
             if right:
-                stored = await self.tier.write(right)
+                with self._watched():
+                    stored = await self.tier.write(right)
                 self._observe("write", time.monotonic() - begun)
             self.counts.offloaded += stored
             self.counts.missed += len(found) - stored
@@ -295,6 +299,17 @@ class Storage:
             self._manager.unpin(owner)
 
     # ---- off and on ----
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Off while the body hangs: what moves records cannot return as long as a dead volume may touch their slots."""
+        patience_s = _PATIENCE * self.policy.timeout_s
+        silent = TierFailed(self.tier.tier, "deadline", f"no answer within {patience_s:g} s")
+        timer = asyncio.get_running_loop().call_later(patience_s, self._turn_off, silent)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     async def _come_back(self) -> None:
         await asyncio.sleep(self._pause_s)

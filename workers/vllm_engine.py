@@ -156,7 +156,7 @@ class VllmEngine:
         )
 
     async def _start_tiers(self, tiers: Tiers, fingerprint: Fingerprint, feed: KvFeed) -> None:
-        group = await self._stack.enter_async_context(scope())  # reads of a dead volume are left behind at the end
+        group = await self._stack.enter_async_context(scope())  # its end waits for reads, also of a dead volume
         try:
             place = place_of(self._spec.config.namespace, self._spec.name, fingerprint, self._spec.model_path)
             await tiers.start(fingerprint, place, self._channel.command, group)
@@ -276,11 +276,17 @@ class VllmEngine:
         except ValueError as error:
             raise RequestError(str(error)) from error
         finally:
-            await results.aclose()
-            await stream.aclose()
-            self._onboarded(job.request_id)
-            if self._receives is not None and receive is not None:
-                self._receives.release(job.request_id)
+            try:
+                await results.aclose()
+                await stream.aclose()
+            finally:  # also when the request is cancelled once more meanwhile
+                self._over(job.request_id)
+
+    def _over(self, request_id: str) -> None:
+        """A request has ended: nothing is held for it any more."""
+        self._onboarded(request_id)
+        if self._receives is not None:
+            self._receives.release(request_id)
 
     def _cached_tokens(self, receive: Receive | None, result: RequestOutput | int) -> int | None:
         """Of the prompt, not counting those that a prefill worker was asked for: vLLM takes these for cached, too."""
@@ -350,6 +356,8 @@ class VllmEngine:
     # ---- prefill ----
 
     async def prefill(self, job: PrefillJob) -> Prefilled:
+        if job.only_held and (self._stats.waiting or self._stats.running >= self._workers.max_num_seqs):
+            raise PrefillFailed("busy")  # before anything is read for it
         onboarding = self._onboard(job)
         try:
             if job.only_held:
@@ -365,9 +373,7 @@ class VllmEngine:
             self._onboarded(job.request_id)
 
     def _require_held(self, job: PrefillJob, onboarding: Onboarding | None) -> None:
-        """Raises PrefillFailed where a block would have to be computed, or waited for."""
-        if self._stats.waiting or self._stats.running >= self._workers.max_num_seqs:
-            raise PrefillFailed("busy")
+        """Raises PrefillFailed where a block would have to be computed."""
         held = self._local_blocks(job) if onboarding is None else onboarding.end
         most = (len(job.token_ids) - 1) // self._config.cache_config.block_size  # as at least a token is computed
         if held < most:

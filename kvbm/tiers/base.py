@@ -7,7 +7,7 @@ where. That, and turning a tier off that fails, is up to whoever uses it (`kvbm.
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
@@ -47,8 +47,8 @@ class StorageTier(Protocol):
         """
         ...
 
-    def loops(self) -> list[Coroutine[object, object, NoReturn]]:
-        """What its user has to run as long as the tier is open."""
+    def loops(self, changed: Callable[[], None]) -> list[Coroutine[object, object, NoReturn]]:
+        """What its user has to run as long as the tier is open; `changed` is called when `changes` has something."""
         ...
 
     async def probe(self) -> None:

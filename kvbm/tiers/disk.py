@@ -63,7 +63,7 @@ class DiskTier:
         for block_hash in self._volume.table.hashes():
             self._stored[block_hash] = None
 
-    def loops(self) -> list[Coroutine[object, object, NoReturn]]:
+    def loops(self, changed: Callable[[], None]) -> list[Coroutine[object, object, NoReturn]]:
         """None: nobody else changes what is here."""
         return []
 

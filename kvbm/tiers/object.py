@@ -117,14 +117,14 @@ class ObjectTier:
         await self._describe()
         self._woken.set()
 
-    def loops(self) -> list[Coroutine[object, object, NoReturn]]:
-        return [self.run()]
+    def loops(self, changed: Callable[[], None]) -> list[Coroutine[object, object, NoReturn]]:
+        return [self.run(changed)]
 
-    async def run(self) -> NoReturn:
+    async def run(self, changed: Callable[[], None] = lambda: None) -> NoReturn:
         """List what others have stored and deleted: now, `refresh_s` after each listing's end, and after a probe."""
         while True:
             try:
-                await self.refresh()
+                await self.refresh(changed)
                 self._listing_fails = False
             except TierFailed as failed:  # what was known stays known; the tier's user learns it from reads and writes
                 if not self._listing_fails:
@@ -137,14 +137,19 @@ class ObjectTier:
                 pass
             self._woken.clear()
 
-    async def refresh(self) -> None:
-        """List everything once. Raises TierFailed: what was listed by then counts, the rest is as it was before."""
+    async def refresh(self, changed: Callable[[], None] = lambda: None) -> None:
+        """List everything once. Raises TierFailed: what was listed by then counts, the rest is as it was before.
+
+        `changed` is called after each page: all that a store of millions has at once would be too much to tell.
+        """
         listing, after, doomed = Listing(self._catalog), "", set[FullHash]()
         while page := await self._page(listing, after):
             after = page[-1].key
             hashes = [block_hash for blob in page if (block_hash := self._hash(blob.key)) is not None]
             doomed |= {block_hash for block_hash in hashes if self._catalog.doomed(block_hash)}
+            changed()
         listing.end()
+        changed()
         await _all(self._delete_at_last(block_hash) for block_hash in doomed)
 
     async def _page(self, listing: Listing, after: str) -> Sequence[Blob]:

@@ -41,7 +41,7 @@ class Onboarder:
         self._patience_s = timeout_s * _PATIENCE
         self._open: dict[str, _Onboarding] = {}  # by request id
         self._checked: dict[str, OnboardChecked] = {}  # by request id; blocks are counted as they were pinned
-        self._over: OrderedDict[str, None] = OrderedDict()  # request ids whose slots must not be read any more
+        self._over: OrderedDict[str, None] = OrderedDict()  # request ids whose slots are not read any more
         self.received: list[str] = []  # engine ids, for vLLM; one for each plan
         self.invalid_blocks: set[int] = set()
 
@@ -66,10 +66,7 @@ class Onboarder:
 
     def over(self, request_id: str) -> None:
         """Its slots may be given to others once this is answered."""
-        self._over[request_id] = None
-        if len(self._over) > _KEPT:
-            self._over.popitem(last=False)
-        self._checked.pop(request_id, None)
+        self._forget(request_id)
         if request_id in self._open:
             self._end(self._open[request_id], CANCELLED)
         else:
@@ -120,7 +117,7 @@ class Onboarder:
         for copy in onboarding.copies:
             copy.wait()
         self._open.pop(plan.request_id, None)
-        self._checked.pop(plan.request_id, None)
+        self._forget(plan.request_id)
         self.received.append(plan.engine_id)
         self.invalid_blocks.update(plan.block_ids[right:])
         self._report(
@@ -129,6 +126,13 @@ class Onboarder:
                 onboarding.started_ns, time.time_ns(),
             )
         )  # fmt: skip
+
+    def _forget(self, request_id: str) -> None:
+        """Nothing of it is read any more, whatever the worker process, which does not know yet, says of it."""
+        self._over[request_id] = None
+        if len(self._over) > _KEPT:
+            self._over.popitem(last=False)
+        self._checked.pop(request_id, None)
 
     @property
     def active(self) -> bool:

@@ -17,6 +17,7 @@ _AT_ONCE = 2  # batches
 class Load:
     """Blocks that are read together."""
 
+    storage: Storage
     blocks: Sequence[Stored]
     over: asyncio.Event = field(default_factory=asyncio.Event)  # each is here, or will not come
 
@@ -32,28 +33,34 @@ class Loads:
 
     def bring(self, storage: Storage, blocks: Sequence[Stored]) -> None:
         """Read blocks that the manager expects, in this order."""
-        loads = [Load(blocks[start : start + self._most]) for start in range(0, len(blocks), self._most)]
+        loads = [Load(storage, blocks[start : start + self._most]) for start in range(0, len(blocks), self._most)]
         for load in loads:
             self._of_slot.update((block.slot, load) for block in load.blocks)
-        self._group.create_task(self._bring(storage, loads))
+        self._group.create_task(self._bring(loads))
 
     def load_of(self, block: Stored) -> Load | None:
         """None where the block is here already."""
         return None if block.here else self._of_slot.get(block.slot)
 
-    async def _bring(self, storage: Storage, loads: Sequence[Load]) -> None:
+    def hang(self, block: Stored) -> bool:
+        """It is on its way from a tier that is off by now: nobody knows when that lets go of it."""
+        load = self.load_of(block)
+        return load is not None and not load.storage.on
+
+    async def _bring(self, loads: Sequence[Load]) -> None:
         free = asyncio.Semaphore(_AT_ONCE)
         async with asyncio.TaskGroup() as group:
             for load in loads:
                 await free.acquire()
-                group.create_task(self._read(storage, load, free))
+                group.create_task(self._read(load, free))
 
-    async def _read(self, storage: Storage, load: Load, free: asyncio.Semaphore) -> None:
+    async def _read(self, load: Load, free: asyncio.Semaphore) -> None:
         try:
-            await storage.read(load.blocks)
+            await load.storage.read(load.blocks)
         finally:
             for block in load.blocks:
-                self._of_slot.pop(block.slot, None)
+                if self._of_slot.get(block.slot) is load:  # a failed one's may be the next load's
+                    del self._of_slot[block.slot]
             load.over.set()
             free.release()
 

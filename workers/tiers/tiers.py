@@ -199,7 +199,10 @@ class Tiers:
         """Where the blocks of the longest prefix are that the tiers hold together."""
         found: list[Tier] = []
         for block_hash in hashes:
-            if self.manager.find(block_hash) is not None:
+            block = self.manager.find(block_hash)
+            if block is not None and self._loads.hang(block):
+                break
+            if block is not None:
                 self._hits += 1
                 found.append(Tier.HOST)
                 continue
@@ -256,7 +259,9 @@ class Tiers:
         until = begun + max((storage.policy.timeout_s for storage in self.storages), default=0.0)
         for load, blocks in self._portions(onboarding.blocks):
             onboarding.waited |= load is not None
-            good = await self._here(load, blocks, until)
+            good = await self._here(onboarding, load, blocks, until)
+            if not self._reading(onboarding):
+                return
             right += good
             if right == good:
                 onboarding.check_s = time.monotonic() - begun
@@ -273,8 +278,12 @@ class Tiers:
             for first in range(0, len(mine), most if load is None else len(mine)):
                 yield load, mine[first : first + most] if load is None else mine
 
-    async def _here(self, load: Load | None, blocks: Sequence[Stored], until: float) -> int:
-        """How many of these, from the first on, are in host memory and right."""
+    def _reading(self, onboarding: Onboarding) -> bool:
+        """Whether a rank may still read its slots: they are pinned as long."""
+        return self._onboardings.get(onboarding.request_id) is onboarding
+
+    async def _here(self, onboarding: Onboarding, load: Load | None, blocks: Sequence[Stored], until: float) -> int:
+        """How many of these, from the first on, are in host memory and right; of no meaning once nobody reads them."""
         if load is not None:
             try:
                 async with asyncio.timeout(until - time.monotonic()):
@@ -283,6 +292,8 @@ class Tiers:
                 return 0
             return next((number for number, block in enumerate(blocks) if not block.here), len(blocks))
         checksums = await self.records.checksums([block.slot for block in blocks])
+        if not self._reading(onboarding):  # something else may be in the slots by now
+            return 0
         for number, (block, checksum) in enumerate(zip(blocks, checksums, strict=True)):
             if not block.here:  # it did not come
                 return number

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NoReturn
@@ -40,6 +40,9 @@ class MemoryTier:
         self.failure = ""  # what every operation fails with
         self.gate = asyncio.Event()  # open, unless a test closes it
         self.gate.set()
+        self.forgetting = asyncio.Event()
+        self.forgets = asyncio.Event()  # open, unless a test closes it
+        self.forgets.set()
         self.writes: list[int] = []  # records of each write
         self.syncs = self.probes = 0
         self.probed = asyncio.Event()
@@ -53,7 +56,7 @@ class MemoryTier:
     async def open(self) -> None:
         await self._work()
 
-    def loops(self) -> list[Coroutine[object, object, NoReturn]]:
+    def loops(self, changed: Callable[[], None]) -> list[Coroutine[object, object, NoReturn]]:
         return []
 
     async def probe(self) -> None:
@@ -88,6 +91,8 @@ class MemoryTier:
 
     async def forget(self, block_hash: FullHash) -> None:
         self.content.pop(block_hash, None)
+        self.forgetting.set()
+        await self.forgets.wait()
 
     async def purge(self) -> int:
         await self._work()

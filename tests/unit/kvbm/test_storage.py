@@ -63,12 +63,12 @@ class World:
 @asynccontextmanager
 async def world(
     slots: int = 16, size: int = 100, *, interval_s: float = 0.0, watermark: int = 8, second_use: bool = False,
-    opened: bool = True,
+    opened: bool = True, timeout_s: float = 1.0,
 ) -> AsyncIterator[World]:  # fmt: skip
     changed = asyncio.Event()
     with host_records(slots) as records:
         manager, tier = BlockManager(slots, ranks=1), MemoryTier(records, size)
-        policy = StoragePolicy(interval_s, watermark, second_use, timeout_s=1.0)
+        policy = StoragePolicy(interval_s, watermark, second_use, timeout_s)
         storage = Storage(tier, policy, manager, records, OnboardCost(), changed.set)
         async with asyncio.TaskGroup() as group:
             if opened:
@@ -261,6 +261,27 @@ async def test_a_tier_that_hangs_at_the_start_is_off() -> None:
         here.tier.gate.clear()
         await here.storage.open(0.05)
         assert not here.storage.on
+        here.tier.gate.set()
+        await here.until(lambda: here.storage.on)
+
+
+@pytest.mark.parametrize("reading", [True, False])
+async def test_a_tier_that_hangs_in_a_read_or_a_write_is_off_though_its_slots_are_not_let_go(reading: bool) -> None:
+    async with world(timeout_s=0.01) as here, asyncio.TaskGroup() as group:
+        here.tier.gate.clear()
+        (block,) = here.manager.expect([named(2)])
+        if reading:
+            read = group.create_task(here.storage.read([block]))
+        else:
+            await here.to_host(1)
+        await here.until(lambda: not here.storage.on)
+        assert here.storage.counts.failures == 1
+        if reading:
+            assert not read.done()
+            assert here.manager.find(named(2)) is block
+        else:
+            assert here.manager.pinned == {"disk write": 1}
+            here.manager.failed(block)
         here.tier.gate.set()
         await here.until(lambda: here.storage.on)
 

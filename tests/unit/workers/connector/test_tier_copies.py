@@ -184,3 +184,14 @@ def test_a_request_that_waits_for_both_the_tier_and_a_prefill_worker_goes_on_whe
     worker.mover.wait(5)
     ended = worker.mover.ended(set())
     assert (ended.received, ended.invalid_blocks) == ({"e"}, {22, 23})
+
+
+def test_what_the_worker_process_still_says_of_a_request_that_was_aborted_is_not_kept(worker: Side) -> None:
+    onboard(worker, [20], [0])
+    worker.mover.plan(StepPlan(cancelled_receives=["e"]))
+    assert worker.reports.take(Onboarded).cause == "cancelled"
+    worker.mover.command(OnboardChecked("r", 1))
+    worker.look()
+    onboarder = worker.mover._onboarder
+    assert onboarder is not None
+    assert onboarder._checked == {}

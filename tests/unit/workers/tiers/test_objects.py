@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo_lite import config
+from dynamo_lite.tasks import background
 from kvbm.errors import TierRefused
-from kvbm.events import Tier
-from kvbm.hashing import FullHash
+from kvbm.events import BlocksStored, KvEvent, Tier
+from kvbm.hashing import FullHash, low64
 from kvbm.manager import BlockManager
 from kvbm.policy import OnboardCost
 from kvbm.storage import Storage, StoragePolicy
@@ -165,6 +166,22 @@ async def test_running_lists_again_after_a_while_and_after_a_probe(store: Object
                 await asyncio.sleep(0.01)
         running.cancel()
     assert not [each for page in obstore.list(store) for each in page if "probe" in each["path"]]
+
+
+async def test_what_others_stored_is_told_when_it_is_listed_though_this_worker_does_nothing(store: ObjectStore) -> None:
+    async with worker(store) as one, worker(store) as two:
+        with ThreadPoolExecutor(1) as threads:
+            told: asyncio.Queue[tuple[KvEvent, ...]] = asyncio.Queue()
+            records, manager = HostRecords(two.memory, SMALL, threads), BlockManager(SLOTS, ranks=1)
+            policy = StoragePolicy(0.0, 1, False, timeout_s=5.0)
+            storage = Storage(
+                two.tier, policy, manager, records, OnboardCost(), lambda: told.put_nowait(storage.events())
+            )
+            await storage.open(5.0)
+            await one.write([1])
+            async with asyncio.timeout(20), background(*storage.loops()):
+                while BlocksStored((low64(block_hash(1)),), tier=Tier.OBJECT) not in await told.get():
+                    pass
 
 
 def test_a_url_that_names_no_bucket_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ from workers.engine import TierLoad
 from workers.tiers import tiers as module
 from workers.tiers.place import Place
 from workers.tiers.tiers import Tiers
+from workers.transfer import files
 
 BLOCK, BYTES, SLOT = 16, 1024, 4096  # tokens; bytes of a block, and of the slot for its record
 PROMPT = list(range(100))  # six whole blocks
@@ -153,6 +155,26 @@ async def test_the_engine_is_told_of_blocks_that_are_right_before_all_are_checke
         assert tiers.onboard("s", PROMPT, None, 0) is not None
         told = [await engine.take(OnboardChecked) for _ in range(2)]
         assert [(one.blocks, one.more) for one in told] == [(2, True), (2, False)]
+
+
+async def test_what_comes_into_slots_that_were_let_go_is_not_taken_for_a_damaged_block(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with tiers_of(64) as (tiers, engine):
+        slots = await engine.offload(range(4))
+        opened = threading.Event()
+        threads = [tiers._threads.submit(opened.wait, 20) for _ in range(tiers._readers)]
+        assert tiers.onboard("r", PROMPT, None, 0) is not None
+        tiers.handle(Onboarded("r", 0, "cancelled"))
+        await emptied(tiers, engine)
+        for slot in slots:
+            tiers.memory.view(slot * SLOT, BYTES)[:] = b"x" * BYTES
+        opened.set()
+        for thread in threads:
+            await asyncio.wrap_future(thread)
+        await asyncio.gather(*(task for task in asyncio.all_tasks() if "_check" in repr(task.get_coro())))
+        assert "not what was stored" not in caplog.text
+        assert not [one for one in engine.commands if isinstance(one, OnboardChecked)]
 
 
 async def test_slots_are_pinned_until_every_rank_has_let_go() -> None:
@@ -359,8 +381,9 @@ async def test_a_prefix_that_was_pinned_for_a_request_that_left_is_let_go(tmp_pa
         tiers.release("r")
         await engine.take(OnboardOver)
         tiers.handle(Onboarded("r", 0, "cancelled"))
-        await engine.take(OnboardChecked, lambda one: not one.more)
+        await until(tiers, lambda: load_of(tiers, Tier.DISK).onboarded == 6)
         assert tiers.manager.pinned == {}
+        assert not [one for one in engine.commands if isinstance(one, OnboardChecked)], "nobody asks any more"
 
 
 async def test_a_disk_that_takes_longer_than_computing_is_not_read(tmp_path: Path) -> None:
@@ -371,6 +394,20 @@ async def test_a_disk_that_takes_longer_than_computing_is_not_read(tmp_path: Pat
         tiers.cost.computed(1000, 0.1)
         assert tiers.onboard("r", PROMPT, None, 0) is None
         assert tiers.manager.pinned == {}
+
+
+async def test_requests_do_not_wait_for_blocks_that_a_dead_volume_does_not_let_go_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with tiers_of(64, disk=disk(tmp_path, timeout_ms=10)) as (tiers, engine):
+        await on_disk(tiers, engine)
+        opened, read = threading.Event(), files._preadv
+        monkeypatch.setattr(files, "_preadv", lambda *args: opened.wait(20) and read(*args))
+        assert tiers.onboard("first", PROMPT, None, 0) is not None
+        assert (await engine.take(OnboardChecked)).blocks == 0
+        await until(tiers, lambda: not load_of(tiers, Tier.DISK).on)
+        assert tiers.onboard("second", PROMPT, None, 0) is None
+        opened.set()
 
 
 def _change_a_byte(folder: Path, content: bytes) -> None:
