@@ -181,6 +181,7 @@ class CandidatePrefill:
         self._plane.metrics.transfer_failures.labels("in", cause).inc()
 
     def transferred(self, report: TransferReport) -> None:
+        self.reason = PULLED if self._pulling else REMOTE  # though the reply may have been lost
         self._plane.metrics.transferred("in", report)
         self._report = report
         self._measure()
