@@ -127,7 +127,8 @@ class CandidatePrefill:
     async def ask(self, target: PushTarget, first_token: Callable[[int], None] | None = None) -> int:
         worker = self._asked = self._left.popleft()
         self._began, self._tokens = time.monotonic(), target.tokens
-        self.reason = PULL_FAILED if self._pulling else PREFILL_FAILED  # until it succeeds
+        # Unless it fails: the KV may be here, and a short sequence over, before the reply is.
+        self.reason = PULLED if self._pulling else REMOTE
         outcome, self._asking = "cancelled", True
         if first_token is not None:
             first_token = partial(self._heard, first_token)
@@ -137,6 +138,7 @@ class CandidatePrefill:
             outcome = "ok"
         except PrefillFailed as error:
             outcome = error.cause
+            self.reason = PULL_FAILED if self._pulling else PREFILL_FAILED
             level = logging.INFO if outcome in REFUSALS else logging.WARNING
             log.log(level, "%s: prefill worker %s: %s", self._prompt.request_id, worker, error)
             raise
@@ -148,7 +150,6 @@ class CandidatePrefill:
                 await self._cancel(worker)  # one that is only frozen drops the request when it wakes up
         if first_token is not None and reply.first_token is not None:
             first_token(reply.first_token)
-        self.reason = PULLED if self._pulling else REMOTE
         self._span = reply.traceparent or self._span
         return reply.cached_tokens
 

@@ -54,6 +54,8 @@ def exchanges_kv(one: InstanceRecord, other: InstanceRecord, *, pulls: bool = Tr
 
     `pulls`: also what it holds for others, and not only what a prefill worker computes for a decode worker.
     """
+    if one.incarnation == other.incarnation:
+        return False
     if not pulls and {one.role, other.role} != {Role.PREFILL, Role.DECODE}:
         return False
     pairs = ((one, other), (other, one))

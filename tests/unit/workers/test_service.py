@@ -33,3 +33,8 @@ def test_workers_whose_kv_can_be_converted_meet_and_others_do_not() -> None:
     assert not exchanges_kv(record("one"), record("other", dtype="fp8_e4m3"))
     assert exchanges_kv(prefill, record("other", Role.DECODE, dtype="float16", block_size=64, tensor_parallel=2))
     assert not exchanges_kv(prefill, record("other", Role.DECODE, dtype="fp8_e4m3"))
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_no_worker_meets_itself(role: Role) -> None:
+    assert not exchanges_kv(record("one", role), record("one", role))
