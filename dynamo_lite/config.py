@@ -189,7 +189,7 @@ class TierWeights(Model):
 
     host: Part = 0.05
     disk: Part = 0.15
-    object: Part = 0.4
+    object: Part = 1.0  # every worker has these alike, so they are no reason to choose one
 
 
 class Router(Model):

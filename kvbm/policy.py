@@ -6,6 +6,7 @@ Only what the ways do not share is compared: each of them waits for the engine's
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,8 @@ _LEAST_TOKENS = 64  # shorter prompts say little about the speed of computing lo
 _REACH = 4  # times the largest amount that was measured
 _REFUSALS = 32  # after so many in a row a little is read, to see whether it is still slow
 _TRIAL = 4  # blocks
+_RARER = 5  # times that trials in a row may become half as frequent
+_FIRST = 16  # blocks of a tier beneath host memory, of whose speed nothing is known
 _FASTER = 0.5  # of what was predicted: then what was measured before is of another time
 
 
@@ -55,6 +58,7 @@ class Line:
     squares: float = 0.0  # of the amounts
     products: float = 0.0  # amount × seconds
     largest: float = 0.0  # amount
+    reach: float = _REACH  # times that, of which something is known
 
     def add(self, amount: float, seconds: float) -> None:
         predicted = self.seconds_for(amount)
@@ -67,9 +71,9 @@ class Line:
             setattr(self, name, getattr(self, name) * _DECAY + value)
         self.largest = max(self.largest, amount)
 
-    def seconds_for(self, amount: float) -> float | None:
-        """None before the first measurement, and far beyond what was measured."""
-        if not self.amount or amount > _REACH * self.largest:
+    def seconds_for(self, amount: float, before: float = 0.0) -> float | None:
+        """For that amount, with another one `before` it. None where nothing of about that amount was measured yet."""
+        if not self.amount or amount > self.reach * self.largest:
             return None
         mean, mean_s = self.amount / self.weight, self.seconds / self.weight
         spread = self.squares / self.weight - mean * mean
@@ -79,7 +83,16 @@ class Line:
             # A latency below nothing, or bytes that cost nothing, are noise: the proportion is the better guess.
             if 0 < slope < rate:
                 rate, latency = slope, mean_s - slope * mean
-        return latency + rate * amount
+        return latency + rate * (amount + before)
+
+    def least_for(self, amount: float, before: float = 0.0) -> float:
+        """The same, or less where that is not known: more takes no shorter than less."""
+        return self.seconds_for(min(amount, self.reach * self.largest), before) or 0.0
+
+
+def _computing() -> Line:
+    """Of many tokens it takes in proportion to what few take, at least."""
+    return Line(reach=math.inf)
 
 
 @dataclass(slots=True)
@@ -88,8 +101,9 @@ class OnboardCost:
 
     _copy: Line = field(default_factory=Line)  # bytes from host memory to the device
     _reads: dict[Tier, Line] = field(default_factory=dict)  # bytes from a tier beneath to host memory
-    _compute: Line = field(default_factory=Line)  # tokens
+    _compute: Line = field(default_factory=_computing)  # tokens
     _refused: int = 0
+    _trials: int = 0  # since reading last was the faster way
 
     def onboarded(self, size: int, seconds: float) -> None:
         """Checking `size` bytes of a prefix in host memory, and copying them to the device, took that long."""
@@ -113,34 +127,56 @@ class OnboardCost:
         """
         every = sum(part.blocks for part in parts)
         compute_s = self._compute.seconds_for(every * block_size)
-        best = Forecast(0, compute_s, compute_s)
-        for count in range(1, len(parts) + 1):
-            blocks = sum(part.blocks for part in parts[:count])
-            read_s = self._read_s(parts[:count], block_bytes)
+        best, blocks = Forecast(0, compute_s, compute_s), 0
+        for count, part in enumerate(parts, 1):
+            read_s, known = self._read_s(parts[:count], block_bytes)
+            before, blocks = blocks, blocks + part.blocks
             rest_s = self._compute.seconds_for((every - blocks) * block_size) if blocks < every else 0.0
-            if read_s is None or rest_s is None or compute_s is None:
-                best = Forecast(blocks, None, compute_s)
-            elif best.onboard_s is not None and read_s + rest_s <= best.onboard_s:
+            slower = rest_s is not None and best.onboard_s is not None and read_s + rest_s > best.onboard_s
+            if slower and known:
+                continue
+            if slower:  # at best
+                break
+            if known and rest_s is not None and compute_s is not None:
                 best = Forecast(blocks, read_s + rest_s, compute_s)
-        self._refused = 0 if best.onboard else self._refused + 1
-        if self._refused > _REFUSALS:
-            self._refused = 0
-            best = Forecast(min(_TRIAL, every), best.onboard_s, compute_s)
-        return best
+            elif known or part.tier is Tier.HOST:
+                best = Forecast(blocks, None, compute_s)
+            else:
+                best = Forecast(before + min(part.blocks, self._reach(part.tier, block_bytes)), None, compute_s)
+                break
+        return self._or_trial(best, every)
 
-    def _read_s(self, parts: Sequence[Part], block_bytes: int) -> float | None:
-        """Until all of these are on the device: tiers are read side by side, and what has come is copied meanwhile."""
-        copy_s = self._copy.seconds_for(sum(part.blocks for part in parts) * block_bytes)
+    def _or_trial(self, best: Forecast, every: int) -> Forecast:
+        """A few blocks once in a while where reading is slower: it may not be for ever."""
+        if best.onboard:
+            self._refused = self._trials = 0
+            return best
+        self._refused += 1
+        if self._refused <= _REFUSALS << min(self._trials, _RARER):
+            return best
+        self._refused, self._trials = 0, self._trials + 1
+        return Forecast(min(_TRIAL, every), best.onboard_s, best.compute_s)
+
+    def _reach(self, tier: Tier, block_bytes: int) -> int:
+        """Blocks of the tier that are read at once to find out how long that takes."""
+        return max(_FIRST, int(_REACH * self._reads.get(tier, Line()).largest) // block_bytes)
+
+    def _read_s(self, parts: Sequence[Part], block_bytes: int) -> tuple[float, bool]:
+        """Until all of these are on the device, and whether that is known; if not, it is so long at least.
+
+        Tiers are read side by side, and what has come is copied meanwhile.
+        """
+        copied = sum(part.blocks for part in parts) * block_bytes
+        copy_s, known = self._copy.least_for(copied), self._copy.seconds_for(copied) is not None
         reads: dict[Tier, float] = {}
         for part in parts:
             if part.tier is Tier.HOST:
                 continue
-            size = part.blocks * block_bytes + (part.queued if part.tier not in reads else 0)
-            seconds = self._reads.get(part.tier, Line()).seconds_for(size)
-            if seconds is None:
-                return None
-            reads[part.tier] = reads.get(part.tier, 0.0) + seconds
-        return None if copy_s is None else copy_s + max(reads.values(), default=0.0)
+            line, size = self._reads.get(part.tier, Line()), part.blocks * block_bytes
+            queued = part.queued if part.tier not in reads else 0
+            known &= line.seconds_for(size) is not None
+            reads[part.tier] = reads.get(part.tier, 0.0) + line.least_for(size, queued)
+        return copy_s + max(reads.values(), default=0.0), known
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +206,8 @@ class PullCost:
 
     _latency: Line = field(default_factory=Line)  # of pulls: all but moving bytes and computing the rest
     _move: Line = field(default_factory=Line)
-    _compute: Line = field(default_factory=Line)
-    _remote: Line = field(default_factory=Line)
+    _compute: Line = field(default_factory=_computing)
+    _remote: Line = field(default_factory=_computing)
     _refused: int = 0
 
     def pulled(self, size: int, rest: int, seconds: float, moving_s: float) -> None:
