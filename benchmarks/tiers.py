@@ -99,11 +99,12 @@ class Bench:
 
     def prefixes(self, tier: str, name: str, count: int, between: int) -> list[Prefix]:
         """`count` prompts from that tier of a deployment, after `between` others, beside computing them."""
-        chosen = self.prompts(count)
-        for prompt in [*chosen, *self.prompts(between)]:
+        first, *chosen = self.prompts(count + 1)
+        for prompt in [first, *chosen, *self.prompts(between)]:
             if self._deployments[name].complete(prompt).cached_tokens:
                 raise BenchmarkError("a new prompt was in a cache")
             self._progress.advance(self._bar)
+        self._deployments[name].complete(first)  # of a tier of which nothing is known only a part is read
         found = []
         for prompt in chosen:
             self._load.cores()
@@ -205,6 +206,8 @@ def points_of(asked: Sequence[Asked]) -> list[Point]:
     for name in NAMES:
         for size in SETS:
             mine = [one for one in asked if (one.tiers, one.times_device) == (name, size)]
+            if not mine:
+                continue
             times = sorted(one.ttft_s * 1e3 for one in mine)
             hits = sum(one.cached_tokens for one in mine) / (PROMPT_TOKENS * len(mine))
             p99 = times[min(len(times) - 1, int(0.99 * len(times)))]
@@ -239,12 +242,14 @@ def draw(points: Sequence[Point], file: Path) -> None:
     file.write_text(draw_lines(panels, "working set, times what the device holds"), encoding="utf-8")
 
 
-def measure(bench: Bench, prompts: int, batches: int, passes: int) -> tuple[list[Prefix], list[Asked], list[Batch]]:
+def measure(
+    bench: Bench, prompts: int, batches: int, passes: int, sets: Sequence[float]
+) -> tuple[list[Prefix], list[Asked], list[Batch]]:
     costs = [bench.batch() for _ in range(batches + 1)][1:]
     prefixes = bench.prefixes("host", "host", min(prompts, 8), 0 if prompts >= 7 else 7 - prompts)
     prefixes += bench.prefixes("disk", "host+disk", prompts, 12)
     prefixes += bench.prefixes("object", "+object", prompts, 36)
-    asked = [one for size in SETS for one in bench.working_set(size, passes)]
+    asked = [one for size in sets for one in bench.working_set(size, passes)]
     return prefixes, asked, costs
 
 
@@ -254,11 +259,12 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="an SVG")
     parser.add_argument("--prompts", type=int, default=8, help="from each tier; at least 7, or they fit the device")
     parser.add_argument("--batches", type=int, default=12)
+    parser.add_argument("--sets", type=float, nargs="*", default=SETS, choices=SETS, help="times what the device holds")
     parser.add_argument("--passes", type=int, default=1, help="over each working set, at least 12 requests")
     options = parser.parse_args()
     console, machine = Console(stderr=True), report.machine()
-    sets = [max(1, round(size * DEVICE)) for size in SETS]
-    steps = 1 + options.batches + 6 * options.prompts + 48
+    sets = [max(1, round(size * DEVICE)) for size in options.sets]
+    steps = 1 + options.batches + 6 * options.prompts + 51
     steps += sum(size + size * max(options.passes, -(-LEAST // size)) for size in sets)
     with tempfile.TemporaryDirectory(prefix="dynamo-lite-bench-") as temporary, ExitStack() as stack:
         folder = Path(temporary)
@@ -266,11 +272,12 @@ def main() -> None:
         deployments = start(folder, stack.enter_context(seaweedfs(folder / "s3")), console, stack)
         progress = stack.enter_context(Progress(console=console, transient=True))
         bench = Bench(deployments, progress, progress.add_task("prompts", total=steps))
-        prefixes, asked, batches = measure(bench, options.prompts, options.batches, options.passes)
+        prefixes, asked, batches = measure(bench, options.prompts, options.batches, options.passes, options.sets)
     bars, points = bars_of(prefixes, batches), points_of(asked)
     busy = report.spread([one.other_cores for one in [*prefixes, *batches]])
     report.show(f"{PROMPT_TOKENS:,}-token prefixes and tiers, other load {busy['median']:.2f} cores", bars, Console())
-    Console().print(table_of(points))
+    if points:
+        Console().print(table_of(points))
     if options.plot:
         draw(points, options.plot)
     if options.json:
