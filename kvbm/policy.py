@@ -18,7 +18,7 @@ _REACH = 4  # times the largest amount that was measured
 _REFUSALS = 32  # after so many in a row a little is read, to see whether it is still slow
 _TRIAL = 4  # blocks
 _RARER = 5  # times that trials in a row may become half as frequent
-_FIRST = 16  # blocks of a tier beneath host memory, of whose speed nothing is known
+_FIRST = 64  # blocks of a tier beneath host memory, of whose speed nothing is known
 _FASTER = 0.5  # of what was predicted: then what was measured before is of another time
 
 

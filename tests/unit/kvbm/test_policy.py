@@ -74,11 +74,11 @@ def test_of_a_tier_of_which_nothing_is_known_a_part_is_read_and_more_each_time()
     cost = OnboardCost()
     cost.computed(1000 * TOKENS, 1.0)
     cost.onboarded(1000 * BYTES, 0.001)
-    assert forecast(cost, host(5), disk(500)).blocks == 5 + 16
-    cost.read(Tier.DISK, 16 * BYTES, 0.001)
     assert forecast(cost, host(5), disk(500)).blocks == 5 + 64
-    cost.read(Tier.DISK, 64 * BYTES, 0.002)
-    assert forecast(cost, disk(200)).blocks == 200
+    cost.read(Tier.DISK, 64 * BYTES, 0.001)
+    assert forecast(cost, host(5), disk(500)).blocks == 5 + 256
+    cost.read(Tier.DISK, 256 * BYTES, 0.002)
+    assert forecast(cost, disk(500)).blocks == 500
 
 
 def test_a_tier_that_is_slow_already_for_less_than_it_would_have_to_read_is_not_tried_with_more() -> None:
