@@ -103,6 +103,7 @@ class Bench:
         for prompt in [first, *chosen, *self.prompts(between)]:
             if self._deployments[name].complete(prompt).cached_tokens:
                 raise BenchmarkError("a new prompt was in a cache")
+            self._deployments[name].complete(prompt)  # an object store takes what is used twice
             self._progress.advance(self._bar)
         self._deployments[name].complete(first)  # of a tier of which nothing is known only a part is read
         found = []
@@ -126,6 +127,7 @@ class Bench:
         for prompt in prompts:
             for deployment in self._deployments.values():
                 deployment.complete(prompt)
+                deployment.complete(prompt)  # as above
             self._progress.advance(self._bar)
         order = [*prompts] * max(passes, -(-LEAST // len(prompts)))
         self._numbers.shuffle(order)

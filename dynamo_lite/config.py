@@ -121,6 +121,8 @@ class DiskTier(StorageTier):
 class ObjectTier(StorageTier):
     """KV blocks in an S3-compatible store, shared by all workers of the same model and layout, in any cluster."""
 
+    # Prompts come faster than a store takes them, and most are never seen again.
+    admission: Admission = "second_use"
     url: Annotated[str, Field(pattern=r"^s3://[^/]+")]  # s3://bucket/prefix
     endpoint: str | None = None  # http(s)://host:port; default: AWS
     region: str = "us-east-1"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from kvbm.hashing import FullHash
-from kvbm.tiers.base import HostRecord
+from kvbm.tiers.base import HostRecord, StorageTier
 from kvbm.tiers.disk import DiskSettings, DiskTier
 from kvbm.tiers.host import HostMemory
 from kvbm.tiers.record import Records
@@ -73,3 +74,23 @@ class Host:
 
 def wanted(numbers: Sequence[int]) -> list[HostRecord]:
     return [HostRecord(named(number), slot) for slot, number in enumerate(numbers)]
+
+
+@asynccontextmanager
+async def opened(
+    host: Host, folder: Path, places: int = 4, eviction: Eviction = "lru", namespace: bytes = b"model"
+) -> AsyncIterator[DiskTier]:
+    tier = host.tier(folder, places, eviction, namespace)
+    await tier.open()
+    try:
+        yield tier
+    finally:
+        await tier.close()
+        tier.check()
+
+
+async def found(host: Host, tier: StorageTier, numbers: Sequence[int]) -> list[int]:
+    """Which of these blocks are read back, proven and byte for byte."""
+    host.wipe()
+    there = await tier.read(wanted(numbers))
+    return [number for slot, number in enumerate(numbers) if there[slot] and host.holds(slot, number)]

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvbm.errors import TierFailed
-from kvbm.tiers.disk import DiskTier
-from tests.tier_folder import RECORDS, Host, named, wanted
+from tests.tier_folder import RECORDS, Host, found, named, wanted
 from tests.volumes import ext4, run, tmpfs
 
 
@@ -27,12 +26,6 @@ async def failure(call: object) -> TierFailed:
     with pytest.raises(TierFailed) as failed:
         await call  # type: ignore[misc]
     return failed.value
-
-
-async def found(host: Host, tier: DiskTier, numbers: list[int]) -> list[int]:
-    host.wipe()
-    there = await tier.read(wanted(numbers))
-    return [number for slot, number in enumerate(numbers) if there[slot] and host.holds(slot, number)]
 
 
 async def test_a_tier_larger_than_its_volume_says_by_how_much_and_opens_once_there_is_room_where_mounting_is_permitted(

@@ -38,6 +38,7 @@ def on_objects(store: SeaweedFs) -> dict[str, Any]:
                 "endpoint": store.endpoint,
                 "access_key_id": ACCESS_KEY,
                 "secret_access_key": SECRET_KEY,
+                "admission": "always",
                 "flush_interval_ms": 0,
                 "timeout_ms": 5000,
                 "refresh_s": 1,

@@ -19,7 +19,7 @@ from tests.integration.serving.deployment import Deployment, scrape, serve, tota
 from tests.integration.serving.requests import BLOCK, MODEL, prompt, tokens
 from tests.integration.serving.test_faults import FROZEN_S, RESTART_S, at_rest, running
 from tests.integration.serving.test_prefix_hits import cached_tokens
-from tests.integration.serving.test_tiers import counted
+from tests.integration.serving.test_tiers import counted, flush
 
 pytestmark = pytest.mark.vllm
 
@@ -183,22 +183,38 @@ def test_the_trace_tells_that_and_from_whom_it_was_pulled(pair: Deployment) -> N
     assert prefill["parent_id"] == decoding["span_id"]
 
 
-def test_a_holder_that_has_not_what_it_is_asked_for_declines_and_computes_nothing(pair: Deployment) -> None:
-    record = pair.instances()["both-0"]
-    token_ids = prompt(2048, 360)
-    target = PushTarget(7, record.incarnation, record.fingerprint.layout, 0, 2048, ())
+def declined(deployment: Deployment, name: str, token_ids: list[int]) -> str:
+    """Why that worker gives nothing of this prompt to another one."""
+    record = deployment.instances()[name]
+    target = PushTarget(7, record.incarnation, record.fingerprint.layout, 0, len(token_ids), ())
     request = PrefillRequest(RequestId("pull"), token_ids, target, only_held=True)
 
     async def ask() -> PrefillReply:
-        async with Bus.connect(NatsAddress.model_validate(pair.run["nats"]), "test") as bus:
+        async with Bus.connect(NatsAddress.model_validate(deployment.run["nats"]), "test") as bus:
             data = await bus.request(Subjects("test").prefill(record.incarnation), encode(request), 10.0)
             return decode(data, PrefillReply)
 
-    before = total(pair.metrics("both-0"), "vllm:prompt_tokens_total")
     reply = asyncio.run(ask())
     assert reply.error is not None
-    assert reply.error.fields["cause"] == "not held"
+    return str(reply.error.fields["cause"])
+
+
+def test_a_holder_that_has_not_what_it_is_asked_for_declines_and_computes_nothing(pair: Deployment) -> None:
+    before = total(pair.metrics("both-0"), "vllm:prompt_tokens_total")
+    assert declined(pair, "both-0", prompt(2048, 360)) == "not held"
     assert total(pair.metrics("both-0"), "vllm:prompt_tokens_total") == before
+
+
+def test_a_holder_with_a_queue_declines_and_reads_nothing_from_its_tiers(tiered: Deployment) -> None:
+    name, token_ids = "both-0", prompt(1000, 365)
+    cached_tokens(tiered, token_ids)
+    flush(tiered, 366)
+    with held(tiered, prompt(64, 367), (name,), n=70):  # more than a batch has room for
+        until(lambda: total(tiered.metrics(name), "vllm:num_requests_waiting") > 0, "some wait")
+        before = counted(tiered, name, "onboarded")
+        assert declined(tiered, name, token_ids) == "busy"
+        assert counted(tiered, name, "onboarded") == before
+    assert cached_tokens(tiered, token_ids) == 992, "it was in the tier"
 
 
 @pytest.mark.parametrize("whole", [False, True])

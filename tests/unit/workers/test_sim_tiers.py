@@ -127,7 +127,7 @@ def test_a_prefix_that_left_host_memory_comes_back_from_disk_at_its_pace(model: 
 
 def test_an_engine_reads_what_another_has_put_into_the_object_tier_once_it_has_listed_it(model: Path) -> None:
     async def body(fleet: Fleet) -> None:
-        tiers = HOST | {"object": {"url": "s3://bucket/prefix", "refresh_s": 60}}
+        tiers = HOST | {"object": {"url": "s3://bucket/prefix", "admission": "always", "refresh_s": 60}}
         one, other = await fleet.engine(tiers), await fleet.engine(tiers)
         await ask(one, prompt(0))
         await asyncio.sleep(30)
@@ -348,7 +348,8 @@ def test_a_host_tier_too_small_for_two_blocks_is_a_start_error(model: Path) -> N
 def test_any_mix_of_requests_gets_the_text_it_gets_without_tiers(model: Path, seed: int) -> None:
     async def body(fleet: Fleet) -> None:
         numbers = random.Random(seed)
-        tiers = {"host": {"size": 20 * STRIDE}, "disk": LARGE, "object": {"url": "s3://bucket/prefix"}}
+        bucket = {"url": "s3://bucket/prefix", "admission": "always"}
+        tiers = {"host": {"size": 20 * STRIDE}, "disk": LARGE, "object": bucket}
         plain, tiered = await fleet.engine({}), await fleet.engine(tiers, steps_at_once=8, decode_step_ms=5)
         assert tiered._tiers is not None
 
