@@ -64,9 +64,10 @@ class KvLayout(msgspec.Struct, frozen=True):
         """Bytes of one block over all layers, per rank."""
         return self.part_bytes(self.rank_heads)
 
-    def part_bytes(self, heads: int) -> int:
-        """Bytes of one block over all layers, of that many heads."""
-        return self.layers * self.block_size * heads * (self.key_size + self.value_size) * self.item_bytes
+    def part_bytes(self, heads: int, layers: int | None = None) -> int:
+        """Bytes of one block, of that many heads, in that many layers (None: in all of them)."""
+        layers = self.layers if layers is None else layers
+        return layers * self.block_size * heads * (self.key_size + self.value_size) * self.item_bytes
 
     def heads(self, rank: int) -> range:
         """The model's heads that lie on this rank."""

@@ -20,7 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from dynamo_lite.plane.layout import Runs
-from workers.transfer.rows import OneByOne
+from workers.transfer.rows import ALL_PLANES, OneByOne
 
 _Words = npt.NDArray[np.int64]
 _LINE = 64  # bytes: a line of the caches of every processor that we know of
@@ -123,16 +123,17 @@ class NativeRows(OneByOne):
             dtype=np.int64,
         )
 
-    def gather(self, ids: torch.Tensor, piece: torch.Tensor) -> None:
-        self._move(ids, piece, scatter=False)
+    def gather(self, ids: torch.Tensor, piece: torch.Tensor, planes: slice = ALL_PLANES) -> None:
+        self._move(ids, piece, planes, scatter=False)
 
-    def scatter(self, ids: torch.Tensor, piece: torch.Tensor) -> None:
-        self._move(ids, piece, scatter=True)
+    def scatter(self, ids: torch.Tensor, piece: torch.Tensor, planes: slice = ALL_PLANES) -> None:
+        self._move(ids, piece, planes, scatter=True)
 
-    def _move(self, ids: torch.Tensor, piece: torch.Tensor, *, scatter: bool) -> None:
+    def _move(self, ids: torch.Tensor, piece: torch.Tensor, planes: slice, *, scatter: bool) -> None:
         """Raises IndexError rather than touch memory that is not ours."""
-        numbers = ids.numpy()
-        if not piece.is_contiguous() or piece.numel() < len(numbers) * self.block_bytes:
-            raise IndexError(f"{piece.numel()} bytes do not hold {len(numbers)} blocks of {self.block_bytes}")
-        if not _copy(self._where, numbers, self._blocks, piece.data_ptr(), scatter):
+        numbers, where = ids.numpy(), self._where[planes]
+        block_bytes = int(where[:, 2] @ where[:, 4])
+        if not piece.is_contiguous() or piece.numel() < len(numbers) * block_bytes:
+            raise IndexError(f"{piece.numel()} bytes do not hold {len(numbers)} blocks of {block_bytes}")
+        if not _copy(where, numbers, self._blocks, piece.data_ptr(), scatter):
             raise IndexError(f"blocks {numbers.min()}…{numbers.max()} are not all among {self._blocks}")

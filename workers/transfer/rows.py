@@ -9,19 +9,20 @@ import torch
 
 from dynamo_lite.plane.layout import Runs
 
+ALL_PLANES = slice(None)
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
 
 
 class Rows(Protocol):
     """The same runs of every block's row in each plane. A piece holds them plane after plane, block after block."""
 
-    block_bytes: int  # of one block in a piece
+    block_bytes: int  # of one block in a piece, over all planes
 
-    def gather(self, ids: torch.Tensor, piece: torch.Tensor) -> None:
-        """Copy rows `ids` (int64, on the planes' device) into the piece (uint8)."""
+    def gather(self, ids: torch.Tensor, piece: torch.Tensor, planes: slice = ALL_PLANES) -> None:
+        """Copy rows `ids` (int64, on the planes' device), of these planes alone, into the piece (uint8)."""
         ...
 
-    def scatter(self, ids: torch.Tensor, piece: torch.Tensor) -> None:
+    def scatter(self, ids: torch.Tensor, piece: torch.Tensor, planes: slice = ALL_PLANES) -> None:
         """The reverse. No id twice."""
         ...
 
@@ -57,20 +58,20 @@ class TorchRows(OneByOne):
         size, self._word = next((size, word) for size, word in _WORDS if all(_divides(size, *pair) for pair in pairs))
         self._views = [_view(plane.view(self._word), runs, size) for plane, runs in pairs]
 
-    def gather(self, ids: torch.Tensor, piece: torch.Tensor) -> None:
-        for view, part in zip(self._views, self._parts(piece, len(ids)), strict=True):
+    def gather(self, ids: torch.Tensor, piece: torch.Tensor, planes: slice = ALL_PLANES) -> None:
+        for view, part in self._parts(piece, len(ids), planes):
             torch.index_select(view, 0, ids, out=part)
 
-    def scatter(self, ids: torch.Tensor, piece: torch.Tensor) -> None:
-        for view, part in zip(self._views, self._parts(piece, len(ids)), strict=True):
+    def scatter(self, ids: torch.Tensor, piece: torch.Tensor, planes: slice = ALL_PLANES) -> None:
+        for view, part in self._parts(piece, len(ids), planes):
             view.index_copy_(0, ids, part)
 
-    def _parts(self, piece: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
-        """The piece's bytes, as one `[count, …]` tensor of words per plane."""
+    def _parts(self, piece: torch.Tensor, count: int, planes: slice) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each plane's view, and the piece's bytes of it as a `[count, …]` tensor of words."""
         offset = 0
-        for view in self._views:
+        for view in self._views[planes]:
             size = count * view[0].numel() * view.element_size()
-            yield piece[offset : offset + size].view(self._word).view(count, *view.shape[1:])
+            yield view, piece[offset : offset + size].view(self._word).view(count, *view.shape[1:])
             offset += size
 
 
