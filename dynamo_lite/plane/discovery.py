@@ -29,7 +29,7 @@ from etcd3aio._protobuf import WatchCreateRequest, WatchRequest  # importing the
 
 from dynamo_lite.config import EtcdAddress
 from dynamo_lite.errors import PlaneError
-from dynamo_lite.plane.wire import Incarnation, InstanceRecord
+from dynamo_lite.plane.wire import PROTOCOL, Incarnation, InstanceRecord
 from dynamo_lite.tasks import background
 
 CALL_DEADLINE_S = 2.0
@@ -310,10 +310,14 @@ class _Lease:
 def _record(value: bytes) -> InstanceRecord | None:
     """None, with a warning, for a record of another version of this software."""
     try:
-        return msgspec.json.decode(value, type=InstanceRecord)
+        record = msgspec.json.decode(value, type=InstanceRecord)
     except msgspec.MsgspecError as error:
         log.warning("ignoring an instance record: %s", error)
         return None
+    if record.protocol != PROTOCOL:
+        log.warning("ignoring %s: it speaks protocol %d, this process %d", record.name, record.protocol, PROTOCOL)
+        return None
+    return record
 
 
 async def _client(address: EtcdAddress) -> Any:

@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from dynamo_lite.config import EtcdAddress
 from dynamo_lite.embedded import EmbeddedServer, etcd_binary
 from dynamo_lite.errors import PlaneError
 from dynamo_lite.plane.discovery import Discovery, Membership
-from dynamo_lite.plane.wire import InstanceRecord
+from dynamo_lite.plane.wire import PROTOCOL, InstanceRecord
 from dynamo_lite.processes import Child, running
 from tests.instances import record
 
@@ -176,6 +177,8 @@ async def test_compaction_does_not_stop_the_watch(etcd_server: EmbeddedServer[Et
 async def test_a_record_of_another_version_is_ignored(etcd: EtcdAddress, tmp_path: Path) -> None:
     async with watching(etcd) as (discovery, membership):
         await etcdctl(etcd, tmp_path, "put", "/dynamo-lite/ns/instances/future", '{"shape": "unknown"}')
+        older = msgspec.json.encode(msgspec.structs.replace(TWO, protocol=PROTOCOL - 1)).decode()
+        await etcdctl(etcd, tmp_path, "put", "/dynamo-lite/ns/instances/past", older)
         async with discovery.register(ONE):
             await names(membership, ONE)
 
