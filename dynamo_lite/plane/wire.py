@@ -16,7 +16,7 @@ from dynamo_lite import errors
 from dynamo_lite.errors import DynamoError, ProtocolMismatch
 from dynamo_lite.plane.layout import KvLayout, exchange_problem
 
-PROTOCOL = 1
+PROTOCOL = 2  # raised with every change of a message, also of those between movers (workers/connector/protocol.py)
 Scalar = str | int | float
 
 Incarnation = NewType("Incarnation", str)  # uuid4 hex, new at every start of a worker process

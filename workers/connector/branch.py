@@ -1,6 +1,7 @@
 """What one rank sends to one rank of the decode worker: gathers pieces of the heads they share, writes them, ends.
 
-At most one piece per granted slot is on its way; a slot is used again when the receiver credits it. Where the
+At most one piece per granted slot is on its way; a slot is used again when the receiver credits it. While the model
+still computes later layers of what is sent, nothing is asked again and again: whatever ends wakes the mover. Where the
 receiver's staging can be addressed from here, on one host, a piece is gathered straight into it, and the write is only
 its notification.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -18,13 +20,14 @@ import torch
 from dynamo_lite.plane.layout import KvLayout, share
 from dynamo_lite.plane.wire import RankTarget
 from workers.connector.contacts import Contacts
+from workers.connector.cut import Cut, PieceSize, StepCuts
 from workers.connector.protocol import Closed, Piece
 from workers.connector.settings import MoverSettings
 from workers.connector.staging import Staging
 from workers.errors import Frozen, Mismatch, ReceiverSilent, TransferError, TransferTimeout
 from workers.transfer.engine import Memory, PeerEngine, Spans, Target, Transfer
 from workers.transfer.pack import Copier, Copy, Outlet
-from workers.transfer.ready import Ready
+from workers.transfer.ready import StepReady
 from workers.transfer.span import Span
 
 _notes = msgspec.msgpack.Encoder()
@@ -35,12 +38,15 @@ class Flight:
     """One piece on its way: gathered, then written."""
 
     slot: int  # of the receiver
-    first: int  # block of the transfer
-    count: int  # blocks of the receiver's
+    cut: Cut
     piece: torch.Tensor  # where it is gathered
     copy: Copy
     local: range | None  # slots of our own; None: it is gathered straight into the receiver's
     write: Transfer | None = None
+
+    @property
+    def block_layers(self) -> int:
+        return self.cut.count * len(self.cut.layers)
 
     @property
     def over(self) -> bool:
@@ -71,47 +77,74 @@ class Branch:
     outlet: Outlet
     slot_bytes: int  # of the receiver's slots
     share: range  # the bytes of each of them that are ours
-    piece_blocks: int  # the most in one piece
+    size: PieceSize
     blocks: int  # of the receiver's, all there will be
     free_slots: deque[int]
     granted: frozenset[int]
-    queue: deque[tuple[int, Span, Ready]] = field(default_factory=deque)  # first block, tokens, when readable
+    queue: deque[StepCuts] = field(default_factory=deque)
     flights: list[Flight] = field(default_factory=list)
-    written: int = 0  # blocks
+    written: int = 0  # blocks, each layer of them counted
     introduced: bool = False
     waiting_since: float = field(default_factory=time.monotonic)  # last progress
     pieces: int = 0
+    early_pieces: int | None = None  # those written when the last step of the prompt was computed, once it is
     started_ns: int = 0  # unix time of the first piece
 
     @property
     def done(self) -> bool:
-        return self.written == self.blocks
+        return self.written == self.blocks * self.size.layers
 
     @property
     def bytes(self) -> int:
         """Written."""
-        return self.written * self.outlet.block_bytes
+        return self.written * self.outlet.layer_bytes
 
     @property
     def tokens_left(self) -> int:
-        """To be written, in whole blocks of the receiver's."""
-        return (self.blocks - self.written) * self.outlet.block_size
+        """To be written, in whole blocks of the receiver's, of which a layer is missing at least."""
+        return self._tokens(self.blocks * self.size.layers - self.written)
 
     @property
     def tokens_flying(self) -> int:
-        return sum(flight.count for flight in self.flights) * self.outlet.block_size
+        return self._tokens(sum(flight.block_layers for flight in self.flights))
+
+    def _tokens(self, block_layers: int) -> int:
+        return -(-block_layers // self.size.layers) * self.outlet.block_size
+
+    @property
+    def late_pieces(self) -> int:
+        """Those that were not written yet when the last step of the prompt was computed."""
+        return self.pieces - (self.early_pieces or 0)
+
+    @property
+    def computing(self) -> bool:
+        """The model still computes layers of what is to be sent: its kernels are being launched."""
+        return bool(self.queue) and not self.queue[-1].ready.over
 
     @property
     def moving(self) -> bool:
-        """Something is being written, or could be, and is not merely computed."""
-        return bool(self.flights or (self.queue and self.queue[0][2].passed))
+        """Something is on its way, or could be, and is worth asking after again and again, or has to be: nothing wakes
+        the mover at the end of a write.
+        """
+        if self.computing:
+            return any(flight.write is not None for flight in self.flights)
+        return bool(self.flights or self.sendable)
 
-    def add(self, first: int, span: Span, ready: Ready) -> None:
-        """Tokens that were computed by `ready`, from a block of the receiver's on."""
-        span = self.outlet.brought(span)
+    @property
+    def sendable(self) -> bool:
+        """There is a piece that could be gathered now."""
+        return bool(self.queue) and self.queue[0].sendable
+
+    def add(self, first: int, span: Span, ready: StepReady) -> None:
+        """Tokens that a step computes, from a block of the receiver's on, layer by layer."""
         if not self.queue and not self.flights:
-            self.waiting_since = time.monotonic()  # the time it took to compute is not the receiver's
-        self.queue.append((first, span, ready))
+            self.waiting_since = time.monotonic()  # the time before it was computed is not the receiver's
+        self.queue.append(StepCuts(first, self.outlet.brought(span), ready, self.size))
+
+    def look(self) -> None:
+        """Take note of the moment at which the last step is found to be computed."""
+        if self.early_pieces is None and self.queue and self.queue[-1].stop == self.blocks and not self.computing:
+            self.early_pieces = self.pieces - len(self.flights)
 
     def credit(self, slot: int) -> None:
         if slot in self.granted and slot not in self.free_slots:
@@ -123,9 +156,12 @@ class Carrier:
     """Moves branches on. Used by the mover's thread alone."""
 
     def __init__(
-        self, engine: PeerEngine, contacts: Contacts, staging: Staging, copier: Copier, settings: MoverSettings
-    ) -> None:
+        self, engine: PeerEngine, contacts: Contacts, staging: Staging, copier: Copier, settings: MoverSettings,
+        watch: Callable[[Copy], None],
+    ) -> None:  # fmt: skip
+        """`watch`: have the mover woken once that copy is done."""
         self._engine, self._contacts, self._staging, self._copier = engine, contacts, staging, copier
+        self._watch = watch
         self._timeout_s, self._verify = settings.timeout_s, settings.verify
         self.fence = 0.0  # nothing is written after this time: the mover moves it on while it runs
 
@@ -145,7 +181,7 @@ class Carrier:
                 target.address, target.device, cast(Memory, target.memory),
             ),
             heads, outlet, target.slot_bytes, mine,
-            max(1, min(len(mine), self._staging.slot_bytes) // outlet.block_bytes), blocks,
+            PieceSize.between(self._staging.slot_bytes, layout, rank, heads, target.slot_bytes), blocks,
             deque(target.slots), frozenset(target.slots),
         )  # fmt: skip
 
@@ -154,28 +190,28 @@ class Carrier:
         moved = False
         for flight in list(branch.flights):
             moved |= self._carry(branch, flight)
+        branch.look()
         met = self._contacts.met(branch.target.where)
-        while met and branch.queue and branch.free_slots and branch.queue[0][2].passed:
+        while met and branch.free_slots and branch.sendable:
             begun = self._gather(branch)
             if begun is None:
                 break
             for flight in list(branch.flights):
                 self._carry(branch, flight)  # earlier ones may be gathered by now, and the receiver waits for them
             moved = True
-        if moved or (met and branch.queue and branch.free_slots and not branch.flights):
-            # In the latter case it waits for our own staging or the GPU, not for the receiver.
+        if moved or (not branch.flights and (not branch.sendable or (met and branch.free_slots))):
+            # In the latter cases it waits for the model, or for our own staging, not for the receiver.
             branch.waiting_since = time.monotonic()
-        elif (branch.queue or branch.flights) and time.monotonic() - branch.waiting_since > self._timeout_s:
+        elif time.monotonic() - branch.waiting_since > self._timeout_s:
             raise ReceiverSilent(f"{branch.target.where} has emptied no slot for {self._timeout_s:g} s")
         return moved
 
     def _gather(self, branch: Branch) -> Flight | None:
         """Begin the next piece, in the granted slot if in reach, else in our own; None while those are full."""
-        first, span, ready = branch.queue[0]
-        tokens = branch.piece_blocks * branch.outlet.block_size
-        head, rest = span.head(tokens), span.rest(tokens)
-        count = -(-head.tokens // branch.outlet.block_size)
-        size = count * branch.outlet.block_bytes
+        branch.look()
+        cuts = branch.queue[0]
+        cut = cuts.next()
+        size = cut.count * len(cut.layers) * branch.outlet.layer_bytes
         if time.monotonic() > self.fence:
             raise Frozen("this process stood still; the receiver may use its slots for others by now")
         local, piece = None, self._engine.window(branch.target, self._offset(branch, branch.free_slots[0]), size)
@@ -184,12 +220,13 @@ class Carrier:
             if local is None:
                 return None
             piece = self._staging.bytes_of(local)[:size]
-        branch.queue.popleft()
-        if rest.tokens:
-            branch.queue.appendleft((first + count, rest, ready))
+        cuts.take(cut)
+        if cuts.over:
+            branch.queue.popleft()
         branch.started_ns = branch.started_ns or time.time_ns()
-        copy = branch.outlet.gather(head, piece, ready)
-        flight = Flight(branch.free_slots.popleft(), first, count, piece, copy, local)
+        copy = branch.outlet.gather(cut.span, cut.layers, piece)
+        self._watch(copy)
+        flight = Flight(branch.free_slots.popleft(), cut, piece, copy, local)
         branch.flights.append(flight)
         branch.pieces += 1
         return flight
@@ -213,7 +250,7 @@ class Carrier:
         else:
             flight.write.close()
         self._land(branch, flight)
-        branch.written += flight.count
+        branch.written += flight.block_layers
         return True
 
     def _write(self, branch: Branch, flight: Flight, local: range, note: bytes) -> Transfer:
@@ -228,10 +265,13 @@ class Carrier:
         agent = b"" if branch.introduced else self._engine.metadata()
         branch.introduced = True
         total = self._copier.checksum(flight.piece) if self._verify else None
-        heads = branch.heads
+        heads, cut = branch.heads, flight.cut
         return _notes.encode(
-            Piece(branch.transfer_id, flight.slot, flight.first, flight.count, heads.start, len(heads), agent, total)
-        )
+            Piece(
+                branch.transfer_id, flight.slot, cut.first, cut.count, heads.start, len(heads),
+                cut.layers.start, len(cut.layers), agent, total,
+            )
+        )  # fmt: skip
 
     def _land(self, branch: Branch, flight: Flight) -> None:
         branch.flights.remove(flight)

@@ -154,7 +154,14 @@ class DynamoLiteConnector(KVConnectorBase_V1, SupportsHMA):
             from workers.connector.packing import packing  # noqa: PLC0415  # CUDA builds have no CPU attention
 
             model = packing(cache, self._kv_cache_dtype, model)
-        self._works.register(kv_caches, self._blocks, model)
+        self._works.register(kv_caches, self._blocks, model, self._told_apart(kv_caches))
+
+    def _told_apart(self, kv_caches: dict[str, torch.Tensor]) -> list[str]:
+        """The layers, if each has KV of its own and is called once in a step, for all of its tokens; else none."""
+        alone = len({cache.data_ptr() for cache in kv_caches.values()}) == len(kv_caches)
+        config = self._vllm_config
+        once = config.speculative_config is None and not config.parallel_config.use_ubatching
+        return list(kv_caches) if alone and once else []
 
     def bind_connector_metadata(self, connector_metadata: StepMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -170,7 +177,7 @@ class DynamoLiteConnector(KVConnectorBase_V1, SupportsHMA):
         return
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        return  # blocks are pushed whole, all layers at once
+        self._works.computed(layer_name)
 
     def wait_for_save(self) -> None:
         self._works.after_forward()

@@ -39,6 +39,7 @@ from workers.connector.protocol import (
     Piece,
     Prepare,
     Probe,
+    PushStep,
     Refused,
     Reopen,
     Report,
@@ -54,8 +55,8 @@ from workers.connector.wake import Wake
 from workers.errors import TransferError
 from workers.transfer.engine import Notification, PeerEngine
 from workers.transfer.layout import Planes
-from workers.transfer.pack import Copier
-from workers.transfer.ready import Ready, ReadyWatch
+from workers.transfer.pack import Copier, Copy
+from workers.transfer.ready import Ready, ReadyWatch, StepReady
 
 _log = logging.getLogger(__name__)
 _POLL_MOVING_S = 0.00002
@@ -89,18 +90,21 @@ class Mover:
         on_bug: Callable[[BaseException], None] = lambda _: None,
     ) -> None:
         """`report` and `on_bug` are called on the mover's thread; the latter when it ends by an error of ours."""
-        size = slot_bytes(planes.layout, settings.piece)
+        self.slot_bytes = size = slot_bytes(planes.layout, settings.piece)
         self._copier = copier = Copier(planes, settings.rank)
         copier.warm()  # before vLLM captures its CUDA graphs, which nobody may disturb
         self._engine, self._report, self._settings, self._on_bug = engine, report, settings, on_bug
-        self._device = planes.device
+        self._device, self._layers = planes.device, planes.layout.layers
         outgoing = Staging(engine, settings.staging, size, planes.device)
         incoming = Staging(engine, settings.staging, size, planes.device)
         self._stagings = (outgoing, incoming)
         self._contacts = Contacts(engine, settings.rank, settings.timeout_s, report)
-        self._sender = Sender(engine, self._contacts, outgoing, copier, settings, report)
-        self._receiver = Receiver(engine, self._contacts, incoming, copier, settings, report)
         self._wake = Wake(engine)
+        cuda = planes.device.type == "cuda"
+        self._ready_watch = ReadyWatch(self._wake.ring) if cuda else None
+        self._copy_watch = ReadyWatch(self._wake.ring) if cuda else None  # they end long before the step they belong to
+        self._sender = Sender(engine, self._contacts, outgoing, copier, settings, report, self._watch_copy)
+        self._receiver = Receiver(engine, self._contacts, incoming, copier, settings, report)
         self._arena: Arena | None = None
         self._offloader: Offloader | None = None
         self._onboarder: Onboarder | None = None
@@ -113,7 +117,6 @@ class Mover:
         self.agent = engine.metadata()  # for other workers; here, before the thread owns the engine
         self._notes = msgspec.msgpack.Decoder(Note)
         self._todo: deque[Callable[[], None]] = deque()
-        self._ready_watch = ReadyWatch(self._wake.ring) if planes.device.type == "cuda" else None
         self._lock = threading.Lock()  # held while blocks are read or written: `cancel_pushes` waits for it
         self._ended_lock = threading.Lock()
         self._pushing: set[str] = set()  # engine ids with a push that vLLM has not been told the end of
@@ -147,6 +150,23 @@ class Mover:
             self._do(lambda: self._take(step, ready))
             if outgoing and self._ready_watch is not None:
                 self._ready_watch.watch(ready)
+
+    def push(self, steps: list[PushStep]) -> StepReady:
+        """Take over tokens that are about to be computed: layers of them may leave as soon as they are `reached`."""
+        with self._ended_lock:
+            self._pushing |= {step.engine_id for step in steps}
+        ready = StepReady(self._layers)
+        self._do(lambda: self._push(steps, ready))
+        return ready
+
+    def reached(self, ready: StepReady, layers: int) -> None:
+        """So many layers of that step are computed as of now on the current CUDA stream."""
+        point = Ready(self._device)
+        ready.reach(layers, point)
+        if self._ready_watch is not None:
+            self._ready_watch.watch(point)
+        else:
+            self._wake.ring()
 
     def cancel_pushes(self, engine_ids: list[str]) -> None:
         """Return once no block of these prompts is read any more: vLLM is about to hand them out."""
@@ -202,6 +222,11 @@ class Mover:
 
     # ---- the thread ----
 
+    def _watch_copy(self, copy: Copy) -> None:
+        """Be woken once it is done. Without CUDA it is."""
+        if self._copy_watch is not None:
+            self._copy_watch.watch(copy)
+
     def _do(self, action: Callable[[], None]) -> None:
         self._todo.append(action)
         self._wake.ring()
@@ -246,9 +271,10 @@ class Mover:
             return _POLL_MOVING_S
         active = self._sender.active or self._receiver.active or self._contacts.active or self._tiers_active
         if active or (polled and quiet_s < _LINGER_S):
-            if not (polled or self._device.type == "cuda"):
-                return _POLL_DEADLINES_S
-            return _POLL_MOVING_S if quiet_s < _MOVING_S else _POLL_WAITING_S if polled else _POLL_DEADLINES_S
+            if polled:
+                return _POLL_MOVING_S if quiet_s < _MOVING_S else _POLL_WAITING_S
+            copying = self._device.type == "cuda" and (self._sender.moving or self._receiver.moving)
+            return _POLL_MOVING_S if copying else _POLL_DEADLINES_S
         return _HOLDS_S if self._told_late else self._contacts.idle_s
 
     def _poll(self) -> None:
@@ -351,8 +377,11 @@ class Mover:
             self._sender.cancel(engine_id, "cancelled")
         for receive in step.receives:
             self._receiver.plan(receive, ready)
-        for push in step.pushes:
-            self._sender.step(push, ready)
+        self._push(step.pushes, StepReady.whole(self._layers, ready))
+
+    def _push(self, steps: list[PushStep], ready: StepReady) -> None:
+        for step in steps:
+            self._sender.step(step, ready)
 
     def _obey(self, command: Command) -> None:
         match command:

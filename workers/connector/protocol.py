@@ -103,6 +103,7 @@ class PushEnded(msgspec.Struct, frozen=True, tag="pushed"):
     path: str = ""  # dynamo_lite.transports.Path
     started_ns: int = 0  # unix time of the first piece
     ended_ns: int = 0
+    late_pieces: int = 0  # those that were not written yet when the last step of the prompt was computed
 
 
 def failure(ends: Iterable[PushEnded]) -> str:
@@ -278,7 +279,9 @@ NOT_TO_RANKS = (GrantSlots, TierChanged)
 
 
 class Piece(msgspec.Struct, frozen=True, tag="piece", array_like=True):
-    """The sender's share of a staging slot has been filled with its heads of `count` blocks of the receiver's."""
+    """The sender's share of a staging slot has been filled with some layers of its heads of `count` blocks of the
+    receiver's.
+    """
 
     transfer_id: int
     slot: int
@@ -286,8 +289,18 @@ class Piece(msgspec.Struct, frozen=True, tag="piece", array_like=True):
     count: int
     first_head: int  # of the model
     heads: int  # how many; they say where in the slot the share lies
+    first_layer: int  # of the model
+    layers: int
     agent: bytes = b""  # the sender's metadata, in its first piece of a transfer: where credits go
     checksum: int | None = None  # of the piece, with kv_transfer.verify
+
+    @property
+    def head_range(self) -> range:
+        return range(self.first_head, self.first_head + self.heads)
+
+    @property
+    def layer_range(self) -> range:
+        return range(self.first_layer, self.first_layer + self.layers)
 
 
 class Credit(msgspec.Struct, frozen=True, tag="credit", array_like=True):

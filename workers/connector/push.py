@@ -1,5 +1,5 @@
 """The sending half of the mover: a push per prompt, with a branch to each rank of the decode worker that takes heads of
-this one. Pieces of the earlier parts of a prompt leave while later parts still compute.
+this one. Pieces of the earlier parts of a prompt, and of the earlier layers of a step, leave while later ones compute.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from workers.connector.settings import MoverSettings
 from workers.connector.staging import Staging
 from workers.errors import Mismatch, PeerLost, ReceiverSilent, TransferError, TransferTimeout
 from workers.transfer.engine import PeerEngine
-from workers.transfer.pack import Copier
-from workers.transfer.ready import Ready
+from workers.transfer.pack import Copier, Copy
+from workers.transfer.ready import StepReady
 
 _log = logging.getLogger(__name__)
 _REMEMBERED = 4096
@@ -54,9 +54,10 @@ class Sender:
 
     def __init__(
         self, engine: PeerEngine, contacts: Contacts, staging: Staging, copier: Copier, settings: MoverSettings,
-        report: Callable[[Report], None],
+        report: Callable[[Report], None], watch: Callable[[Copy], None],
     ) -> None:  # fmt: skip
-        self._carrier = Carrier(engine, contacts, staging, copier, settings)
+        """`watch`: have the mover woken once that copy is done."""
+        self._carrier = Carrier(engine, contacts, staging, copier, settings, watch)
         self._contacts, self._layout, self._rank, self._report = contacts, copier.layout, settings.rank, report
         self._pushes: dict[int, Push] = {}  # by transfer id
         self._closing: list[Push] = []  # failed, but a write could not be given up yet
@@ -70,8 +71,8 @@ class Sender:
         """Write nothing after this time: the mover moves it on while it runs."""
         self._carrier.fence = until
 
-    def step(self, step: PushStep, ready: Ready) -> None:
-        """Tokens that the engine has just computed. The first step of a prompt opens the push."""
+    def step(self, step: PushStep, ready: StepReady) -> None:
+        """Tokens that the engine computes, or has just computed. The first step of a prompt opens the push."""
         transfer_id = step.target.transfer_id
         if step.request_id in self._stopped:
             self._release(step.engine_id)
@@ -233,6 +234,7 @@ class Sender:
                 bytes=sum(branch.bytes for branch in branches), pieces=sum(branch.pieces for branch in branches),
                 path=self._carrier.path(branches[0]),
                 started_ns=min(branch.started_ns for branch in branches), ended_ns=time.time_ns(),
+                late_pieces=sum(branch.late_pieces for branch in branches),
             )
         )  # fmt: skip
 
@@ -242,7 +244,7 @@ class Sender:
 
     @property
     def moving(self) -> bool:
-        """Something is being written, or could be, and is not merely computed."""
+        """Something is being written, or could be, and has to be asked after."""
         return any(branch.moving for push in self._pushes.values() for branch in push.branches.values())
 
     def _release(self, engine_id: str) -> None:

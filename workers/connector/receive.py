@@ -1,8 +1,8 @@
 """The receiving half of the mover: grants staging to a prefill worker, scatters the pieces that arrive.
 
 A receive waits for staging → is opened (the worker process is told, and asks a prefill worker) → collects pieces →
-ends. Several ranks of the prefill worker may fill it at once, each with its heads in its share of every slot. One that
-ends early leaves its slots in quarantine.
+ends, once all layers of all blocks are here. Several ranks of the prefill worker may fill it at once, each with its
+heads in its share of every slot. One that ends early leaves its slots in quarantine.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import msgspec
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from dynamo_lite.plane.layout import share
 from dynamo_lite.plane.wire import RankTarget
+from workers.connector.arrivals import Arrivals, Landing, Receive
 from workers.connector.contacts import Contacts
 from workers.connector.protocol import (
     NO_STAGING,
@@ -41,7 +41,7 @@ from workers.connector.settings import MoverSettings
 from workers.connector.staging import Staging
 from workers.errors import Corrupt, TransferError
 from workers.transfer.engine import PeerEngine
-from workers.transfer.pack import Copier, Copy
+from workers.transfer.pack import Copier
 from workers.transfer.ready import Ready
 from workers.transfer.span import Span
 
@@ -49,34 +49,6 @@ _log = logging.getLogger(__name__)
 _GIVEN_UP_KEPT = 4096
 _STAGING_PATIENCE = 10  # times the transfer's timeout: longer than a quarantine lasts whose owner is really gone
 _notes = msgspec.msgpack.Encoder()
-
-
-@dataclass(slots=True)
-class Landing:
-    """A piece that is being scattered."""
-
-    sender: str  # agent name
-    piece: Piece
-    heads: range  # of the model
-    copy: Copy
-
-
-@dataclass(slots=True)
-class Receive:
-    """One attempt at one request's blocks."""
-
-    plan: ReceivePlan
-    transfer_id: int
-    slots: tuple[int, ...]
-    arrived: NDArray[np.bool_]  # [heads of this rank, blocks]: scattered
-    senders: set[str] = field(default_factory=set)  # agents that can be answered, from their first pieces
-    closers: set[str] = field(default_factory=set)  # agents that write nothing more
-    corrupt: bool = False
-    landings: list[Landing] = field(default_factory=list)
-    early: list[tuple[str, Piece]] = field(default_factory=list)  # with their senders: came before the plan
-    uncredited: dict[str, list[int]] = field(default_factory=dict)  # slots emptied before their sender was known
-    pieces: int = 0
-    started_ns: int = 0
 
 
 class Receiver:
@@ -251,8 +223,8 @@ class Receiver:
         receive = self._open.get(piece.transfer_id)
         if receive is None or receive.corrupt or piece.slot not in receive.slots:
             return
-        content = self._content(receive, piece)
-        if content is None:
+        staged = self._staged(receive, piece)
+        if staged is None:
             return
         if not receive.started_ns:
             receive.started_ns = time.time_ns()
@@ -262,25 +234,21 @@ class Receiver:
             receive.early.append((sender, piece))  # at most one in each slot, as none is credited before
             return
         receive.pieces += 1
-        heads, staged = content
         assert receive.plan.ids is not None, "planned"
         blocks = receive.plan.ids[piece.first : piece.first + piece.count]
-        copy = self._copier.scatter(blocks, staged, heads, receive.plan.ready)
-        receive.landings.append(Landing(sender, piece, heads, copy))
+        copy = self._copier.scatter(blocks, staged, piece.head_range, piece.layer_range, receive.plan.ready)
+        receive.landings.append(Landing(sender, piece, copy))
         self._land(receive)
 
-    def _content(self, receive: Receive, piece: Piece) -> tuple[range, torch.Tensor] | None:
-        """A piece's heads and its share of the slot; None where it says what cannot be."""
-        layout, mine = self._copier.layout, self._copier.heads
-        heads = range(piece.first_head, piece.first_head + piece.heads)
-        if not (piece.heads > 0 and mine.start <= heads.start and heads.stop <= mine.stop):
+    def _staged(self, receive: Receive, piece: Piece) -> torch.Tensor | None:
+        """A piece's share of its slot; None where it says what cannot be."""
+        if not receive.arrivals.expects(piece):
             return None
-        if not (piece.first >= 0 and piece.count > 0 and piece.first + piece.count <= receive.arrived.shape[1]):
+        layout = self._copier.layout
+        part = share(layout, self._rank, piece.head_range, self._staging.slot_bytes)
+        if piece.count * layout.part_bytes(piece.heads, piece.layers) > len(part):
             return None
-        part = share(layout, self._rank, heads, self._staging.slot_bytes)
-        if piece.count * layout.part_bytes(piece.heads) > len(part):
-            return None
-        return heads, self._staging.bytes_of((piece.slot,)).narrow(0, part.start, len(part))
+        return self._staging.bytes_of((piece.slot,)).narrow(0, part.start, len(part))
 
     def progress(self) -> bool:
         """Take note of what was scattered; True when anything was."""
@@ -298,26 +266,24 @@ class Receiver:
     def _landed(self, receive: Receive, landing: Landing) -> None:
         if receive.corrupt:
             return
-        piece, heads = landing.piece, landing.heads
-        blocks = slice(piece.first, piece.first + piece.count)
-        if piece.checksum is not None and not self._verified(receive.plan.block_ids[blocks], heads, piece.checksum):
+        piece = landing.piece
+        if piece.checksum is not None and not self._verified(receive.plan, piece, piece.checksum):
             self._refuse(receive)
             return
-        first = heads.start - self._copier.heads.start
-        receive.arrived[first : first + len(heads), blocks] = True
-        if receive.arrived.all():
+        receive.arrivals.add(piece)
+        if receive.arrivals.complete:
             self._finish(receive)
         else:
             receive.uncredited.setdefault(landing.sender, []).append(piece.slot)
             self._credit(receive, landing.sender)
 
-    def _verified(self, block_ids: list[int], heads: range, total: int) -> bool:
+    def _verified(self, plan: ReceivePlan, piece: Piece, total: int) -> bool:
         """Whether the blocks themselves hold what was sent: read back, so that staging and scatter are covered too."""
         if self._proof is None:
             return True  # asked for by the sender only
-        layout = self._copier.layout
+        layout, block_ids = self._copier.layout, plan.block_ids[piece.first : piece.first + piece.count]
         span = Span(np.array(block_ids, dtype=np.int64), layout.block_size, 0, len(block_ids) * layout.block_size)
-        copy = self._copier.outlet(layout, heads).gather(span, self._proof, Ready(self._proof.device))
+        copy = self._copier.outlet(layout, piece.head_range).gather(span, piece.layer_range, self._proof)
         return self._copier.checksum(self._proof[: copy.size]) == total
 
     def _refuse(self, receive: Receive) -> None:
@@ -374,8 +340,8 @@ class Receiver:
             if not slots:
                 return
             self._waiting.popleft()
-            arrived = np.zeros((len(self._copier.heads), blocks), dtype=np.bool_)
-            receive = Receive(plan, plan.transfer_id, slots, arrived)
+            arrivals = Arrivals(self._copier.heads, self._copier.layout.layers, blocks)
+            receive = Receive(plan, plan.transfer_id, slots, arrivals)
             self._open[receive.transfer_id] = receive
             self._by_request[plan.request_id] = receive.transfer_id
             self._report(

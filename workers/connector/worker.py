@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from workers.connector.channel import ConnectorEnd
+from workers.connector.forward import Forward
 from workers.connector.mover import Ended, Mover
-from workers.connector.protocol import Hello, StepPlan
+from workers.connector.protocol import Hello, PushStep, StepPlan
 from workers.connector.settings import MoverSettings
 from workers.transfer.engine import PeerEngine
 from workers.transfer.layout import ModelKv, planes_of
@@ -32,15 +33,23 @@ class WorkerSide:
     def __init__(self, settings: MoverSettings, start_engine: Callable[[], PeerEngine], channel: ConnectorEnd) -> None:
         self._settings, self._start_engine, self._channel = settings, start_engine, channel
         self._mover: Mover | None = None
+        self._forward: Forward | None = None
+        self._late: list[PushStep] = []  # pushes that leave with the end of the step
         self._plan, self._planned = StepPlan(), False
         self._invalid: set[int] = set()
         self._hurried = 0  # steps that do not wait
 
-    def register(self, kv_caches: dict[str, torch.Tensor], num_blocks: int, model: ModelKv) -> None:
-        """The engine's KV memory exists: start the transfer engine and say hello. Raises Mismatch, TransferError."""
+    def register(
+        self, kv_caches: dict[str, torch.Tensor], num_blocks: int, model: ModelKv, layers: Sequence[str]
+    ) -> None:
+        """The engine's KV memory exists: start the transfer engine and say hello. Raises Mismatch, TransferError.
+
+        `layers`: see `Forward`.
+        """
         planes = planes_of(kv_caches, num_blocks, model)
         engine = self._start_engine()
         self._mover = Mover(engine, planes, self._settings, self._channel.report, _end_process)
+        self._forward = Forward(self._mover, planes.layout, self._settings.rank, layers)
         self._channel.listen(self._mover.command, self._mover.close)
         self._channel.report(
             Hello(
@@ -55,9 +64,13 @@ class WorkerSide:
         )
 
     def bind(self, plan: StepPlan) -> None:
-        """Before the forward pass: receives need not wait for it to be launched, as it leaves their blocks alone."""
+        """Before the forward pass: receives need not wait for it to be launched, as it leaves their blocks alone.
+
+        Pushes that take several pieces leave while it computes.
+        """
         self._plan, self._planned = plan, False
-        if self._mover is not None:
+        if self._mover is not None and self._forward is not None:
+            self._late = self._forward.begin(plan.pushes)
             self._mover.plan(
                 StepPlan(
                     receives=plan.receives, cancelled_receives=plan.cancelled_receives, onboards=plan.onboards
@@ -73,14 +86,18 @@ class WorkerSide:
         if plan.preempted_offloads:
             self._mover.cancel_offloads(plan.preempted_offloads)
 
+    def computed(self, layer: str) -> None:
+        """Within the forward pass: that layer holds the KV of all the step's tokens."""
+        if self._forward is not None:
+            self._forward.computed(layer)
+
     def after_forward(self) -> None:
         """Hand the mover what leaves with the step. vLLM's V2 runner leaves this out of one without a forward pass."""
-        if self._mover is not None and not self._planned:
+        if self._mover is not None and self._forward is not None and not self._planned:
             self._planned = True
-            plan = self._plan
-            self._mover.plan(
-                StepPlan(pushes=plan.pushes, cancelled_pushes=plan.cancelled_pushes, offloads=plan.offloads)
-            )
+            plan, late, self._late = self._plan, self._late, []
+            self._forward.end()
+            self._mover.plan(StepPlan(pushes=late, cancelled_pushes=plan.cancelled_pushes, offloads=plan.offloads))
 
     def ended(self, finished: set[str]) -> Ended:
         if self._mover is None:

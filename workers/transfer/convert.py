@@ -64,7 +64,6 @@ class Conversion:
         own = planes.layout
         self._own, self._peer, self._heads = own, peer, len(heads)
         self._places = places(peer, len(heads))
-        self.block_bytes = peer.part_bytes(len(heads))
         self._sources = [
             [view(layer[place.plane], own, own.rank_heads, place) for place in places(own, own.rank_heads)]
             for layer in _layers(planes)
@@ -72,13 +71,15 @@ class Conversion:
         first = heads.start - own.heads(rank).start
         self._sources = [[each.narrow(2, first, len(heads)) for each in layer] for layer in self._sources]
 
-    def gather(self, span: Span, ids: torch.Tensor, piece: torch.Tensor) -> None:
-        """The span's tokens, from the start of a block of the peer's on; what is left of its last block is zero.
+    def gather(self, span: Span, ids: torch.Tensor, piece: torch.Tensor, layers: range) -> None:
+        """The span's tokens in these layers, from the start of a block of the peer's on; what is left of its last
+        block is zero.
 
         `ids` are the span's blocks, on the planes' device.
         """
         blocks = -(-span.tokens // self._peer.block_size)
-        for sources, rows in zip(self._sources, self._piece_rows(piece, blocks), strict=True):
+        taken = self._sources[layers.start : layers.stop]
+        for sources, rows in zip(taken, self._piece_rows(piece, blocks, len(layers)), strict=True):
             for source, place in zip(sources, self._places, strict=True):
                 tokens = source.index_select(0, ids).flatten(0, 1)[span.skipped : span.skipped + span.tokens]
                 self._put(tokens, view(rows[place.plane], self._peer, self._heads, place))
@@ -95,10 +96,10 @@ class Conversion:
             target[whole, :left].copy_(tokens[len(tokens) - left :])
             target[whole, left:].zero_()
 
-    def _piece_rows(self, piece: torch.Tensor, blocks: int) -> Iterator[list[torch.Tensor]]:
+    def _piece_rows(self, piece: torch.Tensor, blocks: int, layers: int) -> Iterator[list[torch.Tensor]]:
         """Per layer the piece's planes, as `[blocks, values]` each."""
         peer, offset = self._peer, 0
-        for _ in range(peer.layers):
+        for _ in range(layers):
             layer = []
             for size in peer.plane_sizes:
                 total = blocks * peer.block_size * self._heads * size * peer.item_bytes

@@ -1,7 +1,7 @@
-"""Gather blocks of all planes into one contiguous piece, and scatter a piece back.
+"""Gather blocks of some layers into one contiguous piece, and scatter a piece back.
 
-A piece is always in the receiver's own form, for the heads that both ranks have: it holds, plane after plane, the rows
-of its blocks. Where the two layouts agree that is a copy of rows; where they do not, the sender converts.
+A piece is always in the receiver's own form, for the heads that both ranks have: it holds, plane after plane of its
+layers, the rows of its blocks. Where the two layouts agree that is a copy of rows; where not, the sender converts.
 """
 
 from __future__ import annotations
@@ -52,24 +52,30 @@ class Copy:
 class Outlet:
     """What one rank sends to one rank of a peer: gathers pieces in the peer's form."""
 
-    def __init__(self, copier: Copier, rows: Rows | Conversion, layout: KvLayout) -> None:
+    def __init__(self, copier: Copier, rows: Rows | Conversion, layout: KvLayout, heads: range) -> None:
         self._copier, self._rows = copier, rows
-        self.block_bytes = rows.block_bytes  # of one block of the peer's in a piece
+        self.layers = layout.layers
+        self.layer_bytes = layout.part_bytes(len(heads), 1)  # of one block of the peer's, in one layer of a piece
         self.block_size = layout.block_size  # the peer's, in tokens
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one block of the peer's in a piece of all layers."""
+        return self.layers * self.layer_bytes
 
     def brought(self, span: Span) -> Span:
         """With its ids where the blocks are, for pieces of it."""
         return replace(span, block_ids=self._copier.index(span.block_ids))
 
-    def gather(self, span: Span, piece: torch.Tensor, ready: Ready) -> Copy:
-        """Begin to copy the span, which starts where a block of the peer's does, once `ready`."""
-        with self._copier.after(ready):
+    def gather(self, span: Span, layers: range, piece: torch.Tensor) -> Copy:
+        """Begin to copy these layers of a span, which starts where a block of the peer's does, and may be read."""
+        with self._copier.after():
             ids = self._copier.index(span.block_ids)
             if isinstance(self._rows, Conversion):
-                self._rows.gather(span, ids, piece)
+                self._rows.gather(span, ids, piece, layers)
             else:
-                self._rows.gather(ids, piece)
-        return self._copier.begun(self.block_bytes * -(-span.tokens // self.block_size))
+                self._rows.gather(ids, piece, self._copier.planes(layers))
+        return self._copier.begun(self.layer_bytes * len(layers) * -(-span.tokens // self.block_size))
 
 
 class Copier:
@@ -97,7 +103,7 @@ class Copier:
                 peer.block_size, peer.dtype, peer.keys, peer.values,
             )  # fmt: skip
             rows = self._part(heads) if alike else Conversion(self._planes, self._rank, peer, heads)
-            found = self._outlets[peer, heads] = Outlet(self, rows, peer)
+            found = self._outlets[peer, heads] = Outlet(self, rows, peer, heads)
         return found
 
     def gather(self, block_ids: Ids, piece: torch.Tensor, ready: Ready) -> Copy:
@@ -107,14 +113,14 @@ class Copier:
         return self.begun(self.block_bytes * len(block_ids))
 
     def scatter(
-        self, block_ids: Ids, piece: torch.Tensor, heads: range | None = None,
+        self, block_ids: Ids, piece: torch.Tensor, heads: range | None = None, layers: range | None = None,
         ready: Ready | None = None,
     ) -> Copy:  # fmt: skip
-        """Begin to copy a piece of these heads (None: all of this rank's) into the blocks' rows, once `ready`."""
-        rows = self._part(heads or self.heads)
+        """Begin to copy a piece of these heads and layers (None: all of this rank's) into the blocks, once `ready`."""
+        heads, layers = heads or self.heads, layers or range(self.layout.layers)
         with self.after(ready):
-            rows.scatter(self.index(block_ids), piece)
-        return self.begun(rows.block_bytes * len(block_ids))
+            self._part(heads).scatter(self.index(block_ids), piece, self.planes(layers))
+        return self.begun(self.layout.part_bytes(len(heads), len(layers)) * len(block_ids))
 
     def gather_each(self, block_ids: Ids, pieces: torch.Tensor, ready: Ready) -> Copy:
         """Begin to copy each block into a piece of its own, one behind the other in `pieces`, once `ready`."""
@@ -159,6 +165,11 @@ class Copier:
     def _brought(self, block_ids: Sequence[int] | BlockIds) -> torch.Tensor:
         ids = torch.from_numpy(np.ascontiguousarray(block_ids, dtype=np.int64))
         return ids if self._stream is None else ids.to(self._device, non_blocking=True)
+
+    def planes(self, layers: range) -> slice:
+        """Where the planes of these layers are among all planes."""
+        each = len(self._planes.planes) // self.layout.layers
+        return slice(layers.start * each, layers.stop * each)
 
     def after(self, ready: Ready | None = None) -> AbstractContextManager[object]:
         """What is done inside goes on this copier's stream, after `ready`. Without CUDA it simply is done."""

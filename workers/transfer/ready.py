@@ -1,9 +1,12 @@
-"""When blocks may be read: CUDA runs behind the CPU, so a planned step is not yet a computed one."""
+"""When blocks may be read, and which layers of them: CUDA runs behind the CPU, so a planned step is not yet a computed
+one.
+"""
 
 from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -36,6 +39,39 @@ class Ready:
         """What is put on `stream` from now on happens after this point."""
         if self._event is not None and not self.passed:
             stream.wait_event(self._event)
+
+
+class StepReady:
+    """How many layers of the blocks that a step computes may be read: it computes them one after the other."""
+
+    def __init__(self, layers: int) -> None:
+        """`layers` of the model."""
+        self.layers = layers
+        self._points: deque[tuple[int, Ready]] = deque()
+        self._readable = 0
+
+    @classmethod
+    def whole(cls, layers: int, ready: Ready) -> StepReady:
+        """Of a step of which nothing may be read before all of it."""
+        step = cls(layers)
+        step.reach(layers, ready)
+        return step
+
+    def reach(self, layers: int, ready: Ready) -> None:
+        """The first `layers` layers may be read after that point. By the thread that computes, in order."""
+        self._points.append((layers, ready))
+
+    @property
+    def readable(self) -> int:
+        """Of the first layers. For the one thread that reads the blocks."""
+        while self._points and self._points[0][1].passed:
+            self._readable, _ = self._points.popleft()
+        return self._readable
+
+    @property
+    def over(self) -> bool:
+        """Whether all layers may be read."""
+        return self.readable == self.layers
 
 
 class Waitable(Protocol):

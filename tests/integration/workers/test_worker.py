@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dynamo_lite.plane.wire import (
+    PROTOCOL,
     Cancel,
     PrefillReply,
     PrefillRequest,
@@ -221,7 +222,7 @@ async def test_a_request_that_cannot_be_read_is_answered_to_its_sender(fleet: Fl
     await stream.ended()
     stream.deltas.clear()
     reply = fleet.subjects.undelivered(fleet.frontend, "garbled")
-    await fleet.bus.publish(fleet.subjects.generate(record.incarnation), b"\x01\xc1", reply)
+    await fleet.bus.publish(fleet.subjects.generate(record.incarnation), bytes([PROTOCOL, 0xC1]), reply)
     error = (await stream.ended())[0].error
     assert error is not None
     assert error.kind == "protocol_mismatch"

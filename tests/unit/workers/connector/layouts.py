@@ -47,11 +47,13 @@ def expected(prompt: torch.Tensor, tokens: int, first: int, prefill: KvLayout, d
 
 
 def compare(
-    prefill: KvLayout, decode: KvLayout, case: Case, device: torch.device, other: torch.device | None = None
-) -> None:
+    prefill: KvLayout, decode: KvLayout, case: Case, device: torch.device, other: torch.device | None = None,
+    *, by_layer: bool = False,
+) -> None:  # fmt: skip
     """Asserts that the blocks placed are the prompt's, in the receiver's form, and that no other block has changed.
 
-    The receiver is on the `other` device, if there is one.
+    The receiver is on the `other` device, if there is one. `by_layer`: the first step computes one layer after the
+    other, and the sender's movers are told of each.
     """
     generator = torch.Generator().manual_seed(case.tokens)
     shape = (prefill.layers, 2, len(case.taken) * prefill.block_size, prefill.kv_heads, prefill.key_size)
@@ -60,11 +62,21 @@ def compare(
         worker(prefill, BLOCKS, 1, slots=16, device=device) as senders,
         worker(decode, BLOCKS, 50, device=other or device) as receivers,
     ):
+        layers = range(0 if by_layer else prefill.layers)
         for rank in senders.ranks:
-            rank.write(case.taken, prompt)
+            rank.write(case.taken, prompt, layers)
         before = [rank.logical() for rank in receivers.ranks]
         target = receivers.open(case.placed, case.first, case.tokens - case.first * decode.block_size)
-        senders.push(steps_of(Engine(prefill.block_size, case.tokens, target, case.taken), case.cuts))
+        steps = steps_of(Engine(prefill.block_size, case.tokens, target, case.taken), case.cuts)
+
+        def layer(number: int) -> None:
+            for rank in senders.ranks:
+                rank.write(case.taken, prompt, range(number, number + 1))
+
+        if by_layer:
+            senders.compute(steps, layer)
+        else:
+            senders.push(steps)
 
         sent = 0
         for side in senders.sides:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import msgspec
 import numpy as np
@@ -17,6 +18,7 @@ from dynamo_lite.plane.layout import KvLayout, slot_bytes
 from dynamo_lite.plane.wire import Incarnation, PushTarget
 from tests.unit.workers.connector.reports import WAIT_S, Reports
 from tests.unit.workers.transfer.kv import Rank
+from workers.connector.forward import Forward
 from workers.connector.mover import Mover
 from workers.connector.protocol import (
     Alive,
@@ -50,6 +52,22 @@ class Side:
     mover: Mover
     planes: Planes
     reports: Reports
+    late: list[PushStep] = field(default_factory=list)  # what the present step pushes at its end
+
+    @cached_property
+    def forward(self) -> Forward:
+        """What tells the mover of layers that are computed."""
+        layout = self.planes.layout
+        names = [f"layer{layer}" for layer in range(layout.layers)]
+        return Forward(self.mover, layout, int(self.name.rpartition(":")[2]), names)
+
+    def begin(self, *steps: PushStep) -> None:
+        """As vLLM does before a forward pass; `forward` is then told of layers, and `end` follows."""
+        self.late = self.forward.begin(steps)
+
+    def end(self) -> None:
+        self.forward.end()
+        self.mover.plan(StepPlan(pushes=self.late))
 
     def blocks(self, ids: list[int]) -> list[torch.Tensor]:
         return [plane[ids].clone() for plane in self.planes.planes]
@@ -116,9 +134,12 @@ def whole(ids: list[int]) -> Span:
     return Span(np.array(ids, dtype=np.int64), LAYOUT.block_size, 0, len(ids) * LAYOUT.block_size)
 
 
+def step_of(target: PushTarget, ids: list[int], first: int = 0, request_id: str = "r") -> PushStep:
+    return PushStep(f"{request_id}-engine", request_id, target, whole(ids), first)
+
+
 def push(sender: Side, target: PushTarget, ids: list[int], first: int = 0, request_id: str = "r") -> None:
-    step = PushStep(f"{request_id}-engine", request_id, target, whole(ids), first)
-    sender.mover.plan(StepPlan(pushes=[step]))
+    sender.mover.plan(StepPlan(pushes=[step_of(target, ids, first, request_id)]))
 
 
 def tell(target: PushTarget, note: Note) -> None:
@@ -167,6 +188,18 @@ class Worker:
     def push(self, steps: list[PushStep]) -> None:
         for side in self.sides:
             side.mover.plan(StepPlan(pushes=list(steps)))
+
+    def compute(self, steps: list[PushStep], layer: Callable[[int], None]) -> None:
+        """One step after the other, of which all ranks compute one layer after the other by `layer`."""
+        for step in steps:
+            for side in self.sides:
+                side.begin(step)
+            for number in range(self.layout.layers):
+                layer(number)
+                for side in self.sides:
+                    side.forward.computed(f"layer{number}")
+            for side in self.sides:
+                side.end()
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def plain(block_size: int, heads: int, ranks: int) -> KvLayout:
 def layouts(draw: st.DrawFn) -> tuple[KvLayout, KvLayout]:
     """A prefill and a decode worker's layout of one model; the first is the second now and then."""
     heads = draw(st.sampled_from([1, 2, 4, 6]))
-    layers, size = draw(st.integers(1, 2)), draw(st.sampled_from([2, 4]))
+    layers, size = draw(st.integers(1, 4)), draw(st.sampled_from([2, 4]))
     made = []
     for _ in range(2):
         keys, values = ORDERS[draw(st.sampled_from(list(ORDERS)))]
@@ -61,7 +61,7 @@ def test_every_byte_arrives_where_it_belongs_whatever_the_two_layouts(
         placed=data.draw(st.permutations(range(BLOCKS)))[: their_blocks - first],
         cuts=sorted(data.draw(st.sets(st.integers(1, tokens), max_size=3)) | {tokens}),
     )
-    compare(prefill, decode, case, torch.device("cpu"))
+    compare(prefill, decode, case, torch.device("cpu"), by_layer=data.draw(st.booleans()))
 
 
 @given(layouts(), st.integers(1, 5))
@@ -179,7 +179,7 @@ def test_a_corrupt_piece_of_one_rank_ends_the_push_of_all_its_ranks() -> None:
         for side in senders.sides:
             while side.reports.holding("push") != 2:
                 side.look()
-        tell(target, Piece(target.transfer_id, target.ranks[0].slots[-1], 2, 1, 1, 1, checksum=1))
+        tell(target, Piece(target.transfer_id, target.ranks[0].slots[-1], 2, 1, 1, 1, 0, 2, checksum=1))
         assert receiver.reports.take(ReceiveEnded).cause == "corrupt"
         assert [side.reports.take(PushEnded).cause for side in senders.sides] == ["corrupt", "corrupt"]
         receiver.mover.command(GiveUp("r", target.transfer_id))
@@ -197,6 +197,10 @@ def test_a_corrupt_piece_of_one_rank_ends_the_push_of_all_its_ranks() -> None:
         {"first": -1},
         {"count": 0},
         {"count": 3},  # more than fits into the slot
+        {"first_layer": -1},
+        {"first_layer": 1},  # and the one behind the last
+        {"layers": 0},
+        {"layers": 3},
         {"slot": 99},
         {"transfer_id": 1},
     ],
@@ -207,7 +211,8 @@ def test_a_piece_that_says_what_cannot_be_is_ignored(fields: dict[str, int]) -> 
         receiver = receivers.sides[0]
         before = receivers.ranks[0].logical()
         target = receivers.open([3, 4, 5, 6], 0, 16)
-        right = Piece(target.transfer_id, target.ranks[0].slots[0], first=0, count=1, first_head=0, heads=1)
+        slot = target.ranks[0].slots[0]
+        right = Piece(target.transfer_id, slot, first=0, count=1, first_head=0, heads=1, first_layer=0, layers=2)
         tell(target, msgspec.structs.replace(right, **fields))
         receiver.look()
         assert torch.equal(receivers.ranks[0].logical(), before)

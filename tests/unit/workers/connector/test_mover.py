@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.unit.workers.connector.pair import BLOCKS, Side, pair, plan_receive, push, target_of, tell, whole
+from tests.unit.workers.connector.pair import BLOCKS, LAYERS, Side, pair, plan_receive, push, target_of, tell, whole
 from tests.unit.workers.connector.reports import WAIT_S
 from workers.connector.protocol import (
     GiveUp,
@@ -286,7 +286,7 @@ def test_a_piece_with_another_checksum_is_refused_and_its_slots_wait_for_the_sen
         target = target_of(receiver.reports.take(ReceiveOpened))
         push(sender, target, [1, 2], first=0)  # the transfer stays open: two blocks are still to come
         until(lambda: sender.reports.holding("push") == 2 and same(sender, [1, 2], receiver, [10, 11]))
-        tell(target, Piece(target.transfer_id, target.ranks[0].slots[-1], 2, 2, 0, 1, checksum=1))
+        tell(target, Piece(target.transfer_id, target.ranks[0].slots[-1], 2, 2, 0, 1, 0, LAYERS, checksum=1))
         assert receiver.reports.take(ReceiveEnded).cause == "corrupt"
         assert sender.reports.take(PushEnded).cause == "corrupt"
         receiver.mover.command(Reopen("r", target.transfer_id))

@@ -77,9 +77,10 @@ class Rank:
         """A copy of everything: `[layers, 2, blocks, tokens, heads, values]`."""
         return torch.stack([torch.stack(keys_and_values(self.layout, each)) for each in self.caches]).clone()
 
-    def write(self, table: list[int], prompt: torch.Tensor) -> None:
+    def write(self, table: list[int], prompt: torch.Tensor, layers: range | None = None) -> None:
         """A prompt's KV, `[layers, 2, tokens, heads of the model, values]`, token by token into these blocks."""
-        for layer, tensor in enumerate(self.caches):
+        for layer in range(self.layout.layers) if layers is None else layers:
+            tensor = self.caches[layer]
             for kind, view in enumerate(keys_and_values(self.layout, tensor)):
                 for token in range(prompt.shape[2]):
                     block, place = divmod(token, self.layout.block_size)

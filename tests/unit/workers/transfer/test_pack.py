@@ -49,7 +49,7 @@ def test_scattering_what_was_gathered_copies_the_blocks_and_nothing_else(
 def layouts(draw: st.DrawFn) -> tuple[KvLayout, KvLayout]:
     """A prefill and a decode worker's layout of one model."""
     heads = draw(st.sampled_from([1, 2, 4]))
-    layers, size = draw(st.integers(1, 2)), draw(st.sampled_from([2, 3]))
+    layers, size = draw(st.integers(1, 3)), draw(st.sampled_from([2, 3]))
     made = []
     for _ in range(2):
         keys, values = ORDERS[draw(st.sampled_from(list(ORDERS)))]
@@ -60,7 +60,10 @@ def layouts(draw: st.DrawFn) -> tuple[KvLayout, KvLayout]:
 
 
 def move(senders: list[Rank], taken: list[int], receivers: list[Rank], placed: list[int], start: int, end: int) -> None:
-    """Every part of tokens `start` … `end` from every sender's rank to every receiver's, in pieces of two blocks."""
+    """Every part of tokens `start` … `end` from every sender's rank to every receiver's, in pieces of two blocks.
+
+    One holds their first layer, and another one the others.
+    """
     prefill, decode = senders[0].layout, receivers[0].layout
     for target_rank, receiver in enumerate(receivers):
         scattered = Copier(receiver.planes, target_rank)
@@ -75,9 +78,10 @@ def move(senders: list[Rank], taken: list[int], receivers: list[Rank], placed: l
             while rest.tokens:
                 head, rest = rest.head(2 * decode.block_size), rest.rest(2 * decode.block_size)
                 count = -(-head.tokens // decode.block_size)
-                piece = torch.full((2 * outlet.block_bytes,), 255, dtype=torch.uint8)
-                assert outlet.gather(head, piece, READY).size == count * outlet.block_bytes
-                scattered.scatter(placed[done : done + count], piece, heads)
+                for layers in filter(len, (range(1), range(1, decode.layers))):
+                    piece = torch.full((2 * outlet.block_bytes,), 255, dtype=torch.uint8)
+                    assert outlet.gather(head, layers, piece).size == count * len(layers) * outlet.layer_bytes
+                    scattered.scatter(placed[done : done + count], piece, heads, layers)
                 done += count
 
 
