@@ -40,6 +40,7 @@ class TransferReport:
     path: str  # dynamo_lite.transports.Path, or "sim"
     started_ns: int  # unix time of the first piece
     ended_ns: int
+    late_pieces: int = 0  # not written yet when the last step of the prompt was computed; only the sender knows
 
 
 class RemotePrefill(Protocol):

@@ -124,6 +124,8 @@ class Prefills:
             metrics.hit_blocks.inc(done.cached_tokens // self._serving.block_size)
         span.set_attribute("outcome", "ok")
         span.set_attribute("cached_tokens", done.cached_tokens)
+        span.set_attribute("pieces", done.transfer.pieces)
+        span.set_attribute("late_pieces", done.transfer.late_pieces)
         return PrefillReply(done.cached_tokens, traceparent=traceparent(span), first_token=done.first_token)
 
     def _first_token(self, request: PrefillRequest, token_id: int) -> None:

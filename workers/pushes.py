@@ -34,6 +34,7 @@ class Push:
             path=ends[0].path,
             started_ns=min(end.started_ns for end in ends),
             ended_ns=max(end.ended_ns for end in ends),
+            late_pieces=sum(end.late_pieces for end in ends),
         )
 
 

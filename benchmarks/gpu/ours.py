@@ -145,7 +145,23 @@ def stages(spans: list[dict[str, Any]]) -> list[dict[str, float]]:
         steps = {
             name: (after - before) / 1e6 for name, (before, after) in zip(names, itertools.pairwise(marks), strict=True)
         }
-        found.append({"tokens": prefill["attributes"]["prompt_tokens"], **steps})
+        attributes = prefill["attributes"]
+        sent = {name: attributes[name] for name in ("pieces", "late_pieces") if name in attributes}
+        found.append({"tokens": attributes["prompt_tokens"], **steps, **sent})
+    return found
+
+
+def late_pieces(stages: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """By the prompt's tokens: pieces of a transfer, and those still to be written after its last prefill step."""
+    found: dict[str, dict[str, float]] = {}
+    for tokens in sorted({stage["tokens"] for stage in stages}):
+        mine = [stage for stage in stages if stage["tokens"] == tokens and "pieces" in stage]
+        if mine:
+            found[str(tokens)] = {
+                "pieces": statistics.median(stage["pieces"] for stage in mine),
+                "late_median": statistics.median(stage["late_pieces"] for stage in mine),
+                "late_max": max(stage["late_pieces"] for stage in mine),
+            }
     return found
 
 
@@ -156,5 +172,7 @@ def main(folder: Path, quick: bool) -> dict[str, Any]:
         found["ready_s"] = deployment.ready_s
     spans = [json.loads(line) for line in (folder / "run" / "traces.jsonl").read_text().splitlines()]
     found["stages"] = stages(spans)
+    found["late_pieces"] = late_pieces(found["stages"])
+    print("pieces, and those left after the last step:", found["late_pieces"], flush=True)
     found["transfers"] = [span["attributes"] for span in spans if span["name"] == "kv.transfer"]
     return found

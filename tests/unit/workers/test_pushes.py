@@ -23,7 +23,8 @@ class Bench:
         self.pushes = Pushes(RANKS, self.commands.append, pulse, 0.1)
 
     def end(self, rank: int, cause: str = "", pieces: int = 2) -> None:
-        self.pushes.handle(PushEnded("r", 7, rank, cause, 100 * pieces, pieces, "shm", 10 + rank, 20 + rank))
+        ended = PushEnded("r", 7, rank, cause, 100 * pieces, pieces, "shm", 10 + rank, 20 + rank, pieces // 2)
+        self.pushes.handle(ended)
 
 
 async def test_a_push_is_reported_once_every_rank_has_ended_and_of_those_that_sent_something() -> None:
@@ -38,7 +39,7 @@ async def test_a_push_is_reported_once_every_rank_has_ended_and_of_those_that_se
         await bench.pushes.stop(push)
     assert bench.commands == [], "there was nothing to stop"
     report = push.report(9)
-    assert (report.bytes, report.blocks, report.pieces, report.path) == (200, 9, 2, "shm")
+    assert (report.bytes, report.blocks, report.pieces, report.late_pieces, report.path) == (200, 9, 2, 1, "shm")
     assert (report.started_ns, report.ended_ns) == (10, 20)
 
 
