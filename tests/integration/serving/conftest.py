@@ -37,6 +37,18 @@ def apart(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @pytest.fixture(scope="session")
+def apart_by_layer(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """One prefill and one decode worker; a piece takes one layer of 64 blocks, and a step any prompt."""
+    one_step = {"args": {"max_num_batched_tokens": MAX_LENGTH}}
+    config = {
+        "workers": {"prefill": GROUP | one_step, "decode": GROUP},
+        "kv_transfer": {"verify": True, "piece": "1MiB", "staging": "8MiB"},
+    }
+    with serve(tmp_path_factory.mktemp("apart_by_layer"), base | config) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="session")
 def tiered(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """One worker with room for two of the longest prompts on its device, and for some more in its host memory."""
     small = GROUP | {"kv_cache": "18MiB"}
