@@ -29,12 +29,14 @@ def layout(ranks: int, order: str = "nhd", block_size: int = 16, dtype: str = "b
     ],
     ids=lambda side: f"{side.tensor_parallel} {side.keys} {side.block_size} {side.dtype}",
 )
+@pytest.mark.parametrize("by_layer", [False, True], ids=["whole steps", "by layer"])
 def test_every_byte_arrives_where_it_belongs_whatever_the_two_layouts(
-    prefill: KvLayout, decode: KvLayout, monkeypatch: pytest.MonkeyPatch
+    prefill: KvLayout, decode: KvLayout, by_layer: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Agents of one process that connect at once may crash in UCX's cuda_ipc; a worker's process has one.
     monkeypatch.setenv("UCX_TLS", "^cuda_ipc")
     tokens = 250
     taken = list(range(-(-tokens // prefill.block_size)))[::-1]
     placed = list(range(3, 2 + -(-tokens // decode.block_size)))
-    compare(prefill, decode, Case(tokens, 1, taken, placed, [70, 200, tokens]), torch.device("cuda", 0))
+    case = Case(tokens, 1, taken, placed, [70, 200, tokens])
+    compare(prefill, decode, case, torch.device("cuda", 0), by_layer=by_layer)

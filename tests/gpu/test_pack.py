@@ -17,7 +17,6 @@ from dynamo_lite.plane.layout import KvLayout, runs
 from tests.unit.workers.transfer.kv import ORDERS, Rank
 from workers.transfer.layout import planes_of
 from workers.transfer.pack import Copier
-from workers.transfer.ready import Ready
 from workers.transfer.rows import TorchRows
 from workers.transfer.span import Span
 
@@ -36,7 +35,8 @@ def on_gpu(layout: KvLayout, rank: int, blocks: int, seed: int) -> Rank:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("ranks", "heads"), [(1, range(4)), (1, range(1, 3)), (2, range(2, 4)), (2, range(3, 4))])
 @pytest.mark.parametrize("size", [64, 80])
-def test_the_kernels_copy_what_torch_copies(order: str, ranks: int, heads: range, size: int) -> None:
+@pytest.mark.parametrize("layers", [range(3), range(1), range(1, 3)])
+def test_the_kernels_copy_what_torch_copies(order: str, ranks: int, heads: range, size: int, layers: range) -> None:
     from workers.transfer.triton_pack import TritonRows, fits
 
     keys, values = ORDERS[order]
@@ -48,16 +48,20 @@ def test_the_kernels_copy_what_torch_copies(order: str, ranks: int, heads: range
     where = runs(layout, rank, heads) * layout.layers
     assert fits(source.planes.planes, where)
     taken, placed = (torch.randperm(40, device=DEVICE)[:17] for _ in range(2))
-    pieces = [torch.zeros(17 * layout.part_bytes(len(heads)), dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    length = 17 * layout.part_bytes(len(heads), len(layers))
+    pieces = [torch.zeros(length, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    planes = Copier(source.planes, rank).planes(layers)
 
-    TritonRows(source.planes.planes, where).gather(taken, pieces[0])
-    TorchRows(source.planes.planes, where).gather(taken, pieces[1])
+    TritonRows(source.planes.planes, where).gather(taken, pieces[0], planes)
+    TorchRows(source.planes.planes, where).gather(taken, pieces[1], planes)
     assert torch.equal(*pieces)
 
-    TritonRows(one.planes.planes, where).scatter(placed, pieces[0])
-    TorchRows(other.planes.planes, where).scatter(placed, pieces[1])
+    TritonRows(one.planes.planes, where).scatter(placed, pieces[0], planes)
+    TorchRows(other.planes.planes, where).scatter(placed, pieces[1], planes)
     assert torch.equal(one.logical(), other.logical())
-    assert not torch.equal(one.logical(), on_gpu(layout, rank, 40, 2).logical())
+    before = on_gpu(layout, rank, 40, 2).logical()
+    changed = [layer for layer in range(3) if not torch.equal(one.logical()[layer], before[layer])]
+    assert changed == list(layers)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -71,8 +75,8 @@ def test_conversion_on_the_gpu_gives_what_it_gives_on_the_cpu(order: str) -> Non
             rank = Rank(LAYOUT, 0, 10, 3)
         planes = planes_of({f"layer{i}": each.to(device) for i, each in enumerate(rank.caches)}, 10)
         outlet = Copier(planes).outlet(peer, range(2, 4))
-        piece = torch.zeros(3 * outlet.block_bytes, dtype=torch.uint8, device=device)
-        assert outlet.gather(span, piece, Ready(device)).wait().size == piece.numel()
+        piece = torch.zeros(3 * 2 * outlet.layer_bytes, dtype=torch.uint8, device=device)
+        assert outlet.gather(span, range(1, 3), piece).wait().size == piece.numel()
         pieces.append(piece.cpu())
     assert torch.equal(*pieces)
 
