@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.integration.serving.deployment import Deployment, until
-from tests.integration.serving.requests import BLOCK, prompt, tokens
+from tests.integration.serving.requests import BLOCK, MODEL, client, prompt, tokens
 from tests.models import LAYERS
 
 pytestmark = pytest.mark.vllm
@@ -15,45 +15,50 @@ pytestmark = pytest.mark.vllm
 PIECE_BLOCKS = 64  # of one layer
 
 
-def prefill_of(deployment: Deployment, length: int) -> dict[str, Any]:
-    """The attributes of the span of a prompt of that length."""
+def pushed(apart: Deployment, together: Deployment, length: int) -> tuple[int, int]:
+    """Pieces of a prompt of that length, and how many of these were left after its last step. Tokens are compared.
 
-    def found() -> list[dict[str, Any]]:
-        spans = [span["attributes"] for span in deployment.spans() if span["name"] == "prefill"]
-        return [span for span in spans if span["prompt_tokens"] == length]
+    First with the prefill worker's own first token, so that nobody is done before that worker has answered; and, of
+    another prompt, token by token.
+    """
+    first, second = prompt(length, 30), prompt(length, 31)
+    texts = []
+    for deployment in (apart, together):
+        with client(deployment) as api:
+            more = {"ignore_eos": True}
+            answer = api.completions.create(model=MODEL, prompt=first, max_tokens=64, temperature=0, extra_body=more)
+            texts.append(answer.choices[0].text)
+    assert texts[0] == texts[1]
 
-    until(lambda: bool(found()), f"the span of a prompt of {length} tokens")
-    return found()[-1]
+    def spans() -> list[dict[str, Any]]:
+        found = [span["attributes"] for span in apart.spans() if span["name"] == "prefill"]
+        return [span for span in found if span["prompt_tokens"] == length]
+
+    until(lambda: bool(spans()), f"the span of a prompt of {length} tokens")
+    (span,) = spans()
+    assert tokens(apart, second, temperature=0) == tokens(together, second, temperature=0)
+    return span["pieces"], span["late_pieces"]
 
 
 def test_pieces_leave_before_the_only_step_ends_and_tokens_are_identical(
     apart_by_layer: Deployment, together: Deployment
 ) -> None:
-    late = []
-    for length in (1800, 1900, 2000, PIECE_BLOCKS * BLOCK):
-        token_ids = prompt(length, 30)
-        assert tokens(apart_by_layer, token_ids, temperature=0) == tokens(together, token_ids, temperature=0)
-        span = prefill_of(apart_by_layer, length)
-        assert span["pieces"] == LAYERS
-        assert span["late_pieces"] < LAYERS, "none has left before the end of the step"
-        late.append(span["late_pieces"])
-    assert min(late) == 1, "where nothing else uses the processor the last layer alone is left"
+    found = [pushed(apart_by_layer, together, length) for length in (1800, 1900, 2000, PIECE_BLOCKS * BLOCK)]
+    assert {pieces for pieces, _ in found} == {LAYERS}
+    left = [late for _, late in found]
+    assert max(left) < LAYERS, "some have left before the end of the step"
+    assert min(left) == 1, "where nothing else uses the processor the last layer alone is left"
 
 
 def test_layers_larger_than_a_piece_are_cut_and_tokens_are_identical(
     apart_by_layer: Deployment, together: Deployment
 ) -> None:
-    token_ids = prompt(3900, 31)
-    assert tokens(apart_by_layer, token_ids, temperature=0) == tokens(together, token_ids, temperature=0)
-    span = prefill_of(apart_by_layer, 3900)
-    assert span["pieces"] == 2 * LAYERS
-    assert span["late_pieces"] < 2 * LAYERS
+    pieces, late = pushed(apart_by_layer, together, 3900)
+    assert pieces == 2 * LAYERS
+    assert 2 <= late < pieces
 
 
 def test_a_prompt_that_fits_a_piece_leaves_at_the_end_of_its_step(
     apart_by_layer: Deployment, together: Deployment
 ) -> None:
-    token_ids = prompt(500, 32)
-    assert tokens(apart_by_layer, token_ids, temperature=0) == tokens(together, token_ids, temperature=0)
-    span = prefill_of(apart_by_layer, 500)
-    assert (span["pieces"], span["late_pieces"]) == (1, 1)
+    assert pushed(apart_by_layer, together, 500) == (1, 1)
