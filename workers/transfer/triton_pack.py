@@ -95,6 +95,8 @@ class TritonRows:
             # Launched as compiled, not through the JIT, which looks at every argument again: 70 µs a launch.
             kernel = _copy.warmup(words, words, words, words, 1, 1, 1, *constants, grid=(1,))
             self._kernels[scatter] = kernel = kernel or _copy  # TRITON_INTERPRET=1 compiles nothing
+        if kernel is _copy:
+            piece = piece.view(torch.int64)  # which is compiled in, but not interpreted
         steps = (self._row, planes * self._row) if each else (count * self._row, self._row)
         grid = (count * self._chunks, planes, 1)
         kernel[grid](self._bases, self._strides, ids, piece, first, *steps, *constants)
