@@ -89,7 +89,7 @@ class Client:
 
     async def send(
         self, token_ids: Sequence[int], new_tokens: int, decode_worker: InstanceRecord,
-        *prefill: InstanceRecord, salt: str | None = None,
+        *prefill: InstanceRecord, salt: str | None = None, seed: int | None = None,
     ) -> Stream:  # fmt: skip
         """Greedy. Without a prefill worker the decode worker computes the prompt itself."""
         stream = Stream(RequestId(uuid.uuid4().hex), time.perf_counter())
@@ -98,7 +98,7 @@ class Client:
             stream.request_id,
             self.frontend,
             list(token_ids),
-            Sampling(max_tokens=new_tokens, temperature=0.0),
+            Sampling(max_tokens=new_tokens, temperature=0.0, seed=seed),
             prefill=tuple(one.incarnation for one in prefill),
             cache_salt=salt or stream.request_id,
         )

@@ -31,13 +31,13 @@ def prompt(length: int, seed: int) -> list[int]:
     return [numbers.randrange(256, VOCAB - 300) for _ in range(length)]
 
 
-def config(folder: Path, model: Path, engine: dict[str, Any], verify: bool) -> Path:
+def config(folder: Path, model: Path, engine: dict[str, Any], verify: bool, dtype: str = "bfloat16") -> Path:
     """The deployment's file."""
     worker = {"count": 1, "gpu_type": "auto", "max_num_seqs": 96, "args": engine}
     content = {
         "model": str(model),
         "served_model_name": model.name,
-        "dtype": "bfloat16",
+        "dtype": dtype,
         "max_model_len": MAX_LENGTH,
         "workers": {
             "prefill": {**worker, "kv_cache": "8GiB"},
