@@ -30,7 +30,7 @@ from benchmarks import report
 from benchmarks.report import Bar
 from benchmarks.sim_fleet import BLOCK, Answer, Request, SimFleet, read_trace, trace_model
 from benchmarks.tier_plot import Panel, draw
-from benchmarks.virtual_time import VirtualTimeLoop
+from workers.simulate.clock import VirtualTimeLoop
 from dynamo_lite.config import Config
 from kvbm.tiers.record import stride_bytes
 from workers.engine import EngineLoad

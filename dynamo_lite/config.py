@@ -248,8 +248,13 @@ class Sim(Model):
 
     block_size: Annotated[int, Field(ge=1)] = 16
     kv_blocks: Annotated[int, Field(ge=8)] = 4096
+    kv_bytes_per_token: Annotated[int, Field(ge=1)] | None = None  # `dynamo-lite simulate`; default: the model's
+    prefill_step_ms: Annotated[float, Field(ge=0)] = 0.0  # of a step that computes part of a prompt
     prefill_ms_per_token: Annotated[float, Field(ge=0)] = 0.02
+    prefill_context_ms: Annotated[float, Field(ge=0)] = 0.0  # of a token, for every 1,000 before it in its prompt
     decode_step_ms: Annotated[float, Field(ge=0)] = 5.0
+    decode_ms_per_sequence: Annotated[float, Field(ge=0)] = 0.0
+    decode_context_ms: Annotated[float, Field(ge=0)] = 0.0  # of a sequence, for every 1,000 of its tokens
     transfer_ms_per_block: Annotated[float, Field(ge=0)] = 0.05
     host_ms_per_block: Annotated[float, Field(ge=0)] = 0.02
     disk_ms_per_block: Annotated[float, Field(ge=0)] = 0.1

@@ -3,6 +3,7 @@
 DynamoError                500
 ├── ConfigError            —    the YAML file or an override; file, line, column, hint
 ├── StartError             —    a part did not come up; names the part and its log
+├── TraceError             —    a trace to simulate cannot be used; file, line
 ├── NotRunning             —    no deployment runs that could be looked at; says what to do
 ├── NotThere               —    the running deployment has no such worker or tier
 ├── RequestError           400  the client's request is wrong; names the parameter
@@ -65,6 +66,16 @@ class StartError(DynamoError):
     def __init__(self, part: str, reason: str, log: str = "") -> None:
         super().__init__(f"{part}: {reason}" + (f" (log: {log})" if log else ""))
         self.part, self.reason, self.log = part, reason, log
+
+
+class TraceError(DynamoError):
+    """A trace to simulate cannot be used; `line` 0 is the file as a whole."""
+
+    kind = "trace_error"
+
+    def __init__(self, file: str, line: int, problem: str) -> None:
+        super().__init__(f"{file}:{line}: {problem}" if line else f"{file}: {problem}")
+        self.file, self.line, self.problem = file, line, problem
 
 
 class NotRunning(DynamoError):

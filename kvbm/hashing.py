@@ -11,7 +11,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NewType
+from typing import NewType, overload
 
 import cbor2
 import numpy as np
@@ -26,6 +26,27 @@ ROOT = FullHash(hashlib.sha256(cbor2.dumps(SEED, canonical=True)).digest())
 _PARENT = b"\x83\x58\x20"  # an array of three, the first a string of 32 bytes
 
 
+class HashedPrompt(Sequence[int]):
+    """A prompt of which only the length and the hashes of its full blocks are known, for simulations."""
+
+    __slots__ = ("_length", "block_size", "full", "low")
+
+    def __init__(self, length: int, block_size: int, full: list[FullHash]) -> None:
+        assert len(full) == length // block_size, f"{len(full)} hashes for {length} tokens in blocks of {block_size}"
+        self._length, self.block_size, self.full = length, block_size, full
+        self.low = [low64(block_hash) for block_hash in full]
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[int]: ...
+    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
+        raise TypeError("this prompt's tokens are not known")
+
+
 def low64(full: bytes) -> int:
     """The part of a full hash that KV events and the index carry."""
     return int.from_bytes(full[-8:], "big")
@@ -38,6 +59,9 @@ def block_hashes(
     lora: tuple[str, str] | None = None,
 ) -> list[int]:
     """The low 64 bits of the hash of each full block; a trailing partial block has none."""
+    if isinstance(token_ids, HashedPrompt):
+        assert block_size == token_ids.block_size, "it is hashed in blocks of another size"
+        return token_ids.low
     joined = b"".join(full_block_hashes(token_ids, block_size, cache_salt, lora))
     low: list[int] = np.frombuffer(joined, dtype=">u8")[3::4].tolist()
     return low

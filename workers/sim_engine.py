@@ -27,7 +27,8 @@ from kvbm.pool import BlockPool
 from workers.engine import EngineInfo, EngineLoad, Job, Output, Prefilled, PrefillJob, RemotePrefill, TransferReport
 from workers.metrics import SimMetrics
 from workers.sim_pace import Pace
-from workers.sim_scheduler import Scheduler, Sequence, Step
+from workers.sim_scheduler import Scheduler, Step
+from workers.sim_sequence import Sequence, TokenSequence
 from workers.sim_storage import Bucket
 from workers.sim_tiers import SimTiers
 from workers.sim_tokens import Sampler, SimModel
@@ -151,7 +152,7 @@ class SimEngine:
         self._check(job.token_ids, self._max_model_len - 1)
         seed = job.sampling.seed if job.sampling.seed is not None else secrets.randbits(63)
         sampler = Sampler(self._shape, job.sampling, seed)
-        sequence = Sequence(job.request_id, list(job.token_ids), job.sampling, sampler, job.cache_salt)
+        sequence = TokenSequence(job.request_id, list(job.token_ids), job.sampling, sampler, job.cache_salt)
         remote = job.remote
         if remote is not None:
             sequence.fetch = lambda cached: self._worth_asking(sequence, cached, remote)
@@ -183,7 +184,7 @@ class SimEngine:
             self._require_held(job)
         try:
             self._check(job.token_ids, self._max_model_len)
-            sequence = Sequence(job.request_id, list(job.token_ids), _PROMPT_ONLY, None, job.cache_salt)
+            sequence = TokenSequence(job.request_id, list(job.token_ids), _PROMPT_ONLY, None, job.cache_salt)
             async with asyncio.timeout(job.timeout_s):
                 with self._enrolled(sequence) as inbox:
                     await self._take(inbox)
@@ -299,7 +300,7 @@ class SimEngine:
             return False
         return True
 
-    async def _fetch(self, sequence: Sequence, remote: RemotePrefill) -> int:
+    async def _fetch(self, sequence: TokenSequence, remote: RemotePrefill) -> int:
         """Have the prompt, or its prefix, from elsewhere; returns the tokens received, none when that failed."""
         cached, end = sequence.cached or 0, sequence.fetch_end
         first = cached // self._block_size
@@ -369,13 +370,14 @@ class SimEngine:
 
     async def _compute(self, step: Step) -> int:
         """Take the step's time; returns how many steps like it this was."""
+        work = step.work
         if step.repeats > 1:
-            return await self._pace.steps(step.repeats, self._work)
-        await self._pace.step(step.prefill_tokens, step.decoding)
-        seconds = self._pace.seconds(step.prefill_tokens, step.decoding)
-        self.cost.computed(step.prefill_tokens, seconds)
+            return await self._pace.steps(work, step.repeats, self._work)
+        seconds = self._pace.times.once(work)
+        await self._pace.step(seconds)
+        self.cost.computed(work.tokens, seconds)
         if self._tiers is not None:
-            self._tiers.cost.computed(step.prefill_tokens, seconds)
+            self._tiers.cost.computed(work.tokens, seconds)
         return 1
 
     def _publish(self, step: Step) -> None:

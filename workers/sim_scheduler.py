@@ -11,51 +11,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dynamo_lite.plane.wire import RequestId, Sampling, TokenLogprob
 from kvbm.errors import OutOfBlocks
-from kvbm.hashing import FullHash, full_block_hashes, low64
+from kvbm.hashing import FullHash, low64
 from kvbm.pool import BlockPool
 from workers.engine import Output
-from workers.sim_tokens import Sampler, fold
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One prompt and what is generated from it. `sampler` is None for a prompt that is only computed."""
-
-    request_id: RequestId
-    tokens: list[int]
-    sampling: Sampling
-    sampler: Sampler | None = None
-    cache_salt: str | None = None
-    fetch: Callable[[int], bool] | None = None  # given the cached tokens: shall another worker compute the rest?
-    fetch_end: int = 0  # up to which token it does; 0: not decided
-    prompt_len: int = 0
-    computed: int = 0  # tokens whose KV is in `blocks`
-    cached: int | None = None  # prompt tokens found in the pool when first admitted
-    reported: bool = False  # whether an output has said so
-    blocks: list[int] = field(default_factory=list)
-    committed: int = 0  # leading blocks that can be matched
-    state: int = 0
-    _hashes: list[FullHash] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.prompt_len = len(self.tokens)
-        self.state = fold(0, self.tokens)
-
-    @property
-    def generated(self) -> int:
-        return len(self.tokens) - self.prompt_len
-
-    def hashes(self, block_size: int) -> list[FullHash]:
-        """Of all full blocks, whether their KV is computed or not."""
-        known = len(self._hashes)
-        if len(self.tokens) // block_size > known:
-            rest = self.tokens[known * block_size :]
-            after = self._hashes[-1] if known else None
-            salt = None if known else self.cache_salt
-            self._hashes += full_block_hashes(rest, block_size, salt, after=after)
-        return self._hashes
+from workers.sim_pace import Work
+from workers.sim_sequence import Sequence
 
 
 @dataclass(slots=True)
@@ -69,12 +30,17 @@ class Step:
     repeats: int = 1  # times that it may be computed at once: nothing but requests that come would change it
 
     @property
-    def decoding(self) -> bool:
-        return any(sequence.generated for sequence in self.tokens)
-
-    @property
-    def prefill_tokens(self) -> int:
-        return sum(count for sequence, count in self.tokens.items() if not sequence.generated)
+    def work(self) -> Work:
+        """What computing it once takes. A sequence that had to give up its blocks computes its answer like a prompt."""
+        tokens = before = decodes = context = 0
+        for sequence, count in self.tokens.items():
+            if count == 1 and sequence.length > sequence.prompt_len:
+                decodes += 1
+                context += sequence.length
+            else:
+                tokens += count
+                before += count * sequence.computed + count * (count - 1) // 2
+        return Work(tokens, before, decodes, context)
 
 
 class Scheduler:
@@ -106,22 +72,26 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence in whatever state and free its blocks at once. Harmless when it is gone already."""
-        for queue in (self._waiting, self._fetched):
-            if sequence in queue:
-                queue.remove(sequence)
-        self._running.pop(sequence, None)
-        self._fetching.discard(sequence)
-        self._done.discard(sequence)
+        if sequence in self._running:
+            del self._running[sequence]
+        else:
+            for queue in (self._waiting, self._fetched):
+                if sequence in queue:
+                    queue.remove(sequence)
+            self._fetching.discard(sequence)
+            self._done.discard(sequence)
         self._release(sequence)
 
     def plan(self) -> Step:
         """Choose the next step's tokens and allocate their blocks."""
         step, budget = Step(), self._budget
+        size = self.block_size
         for sequence in list(self._running):
             if not budget or sequence not in self._running:
                 break  # the rest, all younger, was preempted
-            count = min(len(sequence.tokens) - sequence.computed, budget)
-            if not self._make_room(sequence, count, step):
+            count = min(sequence.length - sequence.computed, budget)
+            short = sequence.computed + count > len(sequence.blocks) * size
+            if short and not self._make_room(sequence, count, step):
                 break
             step.tokens[sequence] = count
             budget -= count
@@ -140,17 +110,19 @@ class Scheduler:
             if sequence not in self._running:
                 continue  # removed while the step ran
             sequence.computed += count
-            if sequence.computed < len(sequence.tokens):
+            if sequence.computed < sequence.length:
                 self._commit(sequence)
                 continue
-            if sequence.sampler is None:
+            if not sequence.generates:
                 self._commit(sequence)
                 del self._running[sequence]
                 self._done.add(sequence)
                 outputs.append((sequence, Output([], cached_tokens=sequence.cached)))
                 continue
-            output = self._sample(sequence, sequence.sampler, times)
-            sequence.computed = len(sequence.tokens) - 1
+            output = sequence.sample(times, self.max_model_len)
+            sequence.computed = sequence.length - 1
+            if times > 1:
+                self._grow(sequence, 0)  # `repeats` has seen to it that there is room
             self._commit(sequence)
             outputs.append((sequence, output))
             if output.finish:
@@ -183,7 +155,7 @@ class Scheduler:
             if queue is self._waiting:
                 onboard = self._match(sequence)
             fetch = not onboard and sequence.fetch is not None and sequence.fetch(sequence.computed)
-            missing = len(sequence.tokens) - sequence.computed
+            missing = sequence.length - sequence.computed
             count = missing if fetch or onboard else min(missing, budget)
             if not self._grow(sequence, count):
                 if queue is self._waiting:
@@ -206,7 +178,7 @@ class Scheduler:
             budget -= count
 
     def _repeats(self, step: Step) -> int:
-        """While every running sequence generates, neither needs another block nor ends, steps are alike.
+        """While every running sequence generates, and none ends, steps are alike, as long as there are blocks.
 
         One that ends at a stop token before keeps its blocks until the last of them.
         """
@@ -214,19 +186,23 @@ class Scheduler:
             return 1
         most = self.steps_at_once
         for sequence, count in step.tokens.items():
-            if count > 1 or not sequence.generated:
+            if count > 1 or sequence.length == sequence.prompt_len:
                 return 1
-            room = len(sequence.blocks) * self.block_size - sequence.computed
-            left = sequence.sampling.max_tokens - sequence.generated
-            most = min(most, room, left, self.max_model_len - len(sequence.tokens))
-        return max(1, most)
+            most = min(most, min(sequence.longest, self.max_model_len) - sequence.length)
+        size, needed, room = self.block_size, 0, most
+        for sequence in step.tokens:
+            left = len(sequence.blocks) * size - sequence.computed  # tokens
+            if left < most:
+                needed -= (left - most) // size
+                room = min(room, left)
+        return max(1, most if needed <= self.pool.free else room)
 
     def _match(self, sequence: Sequence) -> list[FullHash]:
         """Pin the cached prefix; returns the blocks behind it that are worth reading from tiers.
 
         The last token is always computed, as its output is what is sampled from.
         """
-        hashes = sequence.hashes(self.block_size)[: (len(sequence.tokens) - 1) // self.block_size]
+        hashes = sequence.hashes(self.block_size)[: (sequence.length - 1) // self.block_size]
         sequence.blocks = self.pool.match([low64(full) for full in hashes])
         self.pool.pin(sequence.blocks)
         sequence.committed = len(sequence.blocks)
@@ -268,32 +244,3 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
         sequence.blocks, sequence.computed, sequence.committed = [], 0, 0
-
-    def _sample(self, sequence: Sequence, sampler: Sampler, times: int) -> Output:
-        """Up to `times` tokens, the first of which ends the sequence being the last."""
-        sampling, tokens, state = sequence.sampling, sequence.tokens, sequence.state
-        first, logprobs = len(tokens), list[TokenLogprob]()
-        stopped = full = False
-        longest = min(sequence.prompt_len + sampling.max_tokens, self.max_model_len)
-        if times > 1 and sampler.plain:
-            more, state = sampler.many(state, min(times, longest - first))
-            tokens += more
-            full = len(tokens) >= longest
-        while not (stopped or full) and len(tokens) - first < times:
-            token, logprob = sampler.next(state, len(tokens), len(tokens) - sequence.prompt_len)
-            tokens.append(token)
-            if logprob is not None:
-                logprobs.append(logprob)
-            state = fold(state, [token])
-            stopped = token in sampling.stop_token_ids and sequence.generated >= sampling.min_tokens
-            full = len(tokens) >= longest
-        sequence.state = state
-        cached = None if sequence.reported else sequence.cached
-        sequence.reported = True
-        return Output(
-            tokens[first:],
-            logprobs or None,
-            "stop" if stopped else "length" if full else None,
-            tokens[-1] if stopped else None,
-            cached,
-        )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from benchmarks.virtual_time import VirtualTimeLoop
+from workers.simulate.clock import VirtualTimeLoop
 from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerError
 from dynamo_lite.plane.wire import Incarnation, PushTarget, RequestId, Role, Sampling
 from kvbm.events import Tier

@@ -11,7 +11,8 @@ from kvbm.events import BlocksRemoved, BlocksStored
 from kvbm.hashing import block_hashes
 from kvbm.pool import BlockPool
 from workers.engine import Output
-from workers.sim_scheduler import Scheduler, Sequence
+from workers.sim_scheduler import Scheduler
+from workers.sim_sequence import TokenSequence
 from workers.sim_tokens import Sampler, SimModel
 
 MODEL = SimModel(tuple(range(10, 110)), 200, 4096, 64)
@@ -31,9 +32,9 @@ class Batch:
         self.pool = BlockPool(self.blocks)
         self.scheduler = Scheduler(self.pool, BLOCK, self.max_num_seqs, self.budget)
 
-    def add(self, name: str, tokens: list[int], max_tokens: int = 4, **sampling: object) -> Sequence:
+    def add(self, name: str, tokens: list[int], max_tokens: int = 4, **sampling: object) -> TokenSequence:
         wanted = Sampling(max_tokens=max_tokens, temperature=0.0, **sampling)  # type: ignore[arg-type]
-        sequence = Sequence(RequestId(name), list(tokens), wanted, Sampler(MODEL, wanted, 0))
+        sequence = TokenSequence(RequestId(name), list(tokens), wanted, Sampler(MODEL, wanted, 0))
         self.scheduler.add(sequence)
         return sequence
 
@@ -207,7 +208,7 @@ def test_a_removed_sequence_frees_its_blocks_in_the_middle_of_a_step() -> None:
 
 def test_a_prompt_alone_keeps_its_blocks_until_removed() -> None:
     batch = Batch()
-    sequence = Sequence(RequestId("p"), prompt(9), Sampling(max_tokens=1))
+    sequence = TokenSequence(RequestId("p"), prompt(9), Sampling(max_tokens=1))
     batch.scheduler.add(sequence)
     batch.run()
     assert [output.token_ids for output in batch.outputs["p"]] == [[]]

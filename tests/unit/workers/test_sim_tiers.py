@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from benchmarks.virtual_time import VirtualTimeLoop
+from workers.simulate.clock import VirtualTimeLoop
 from dynamo_lite import config
 from dynamo_lite.errors import StartError
 from dynamo_lite.plane.wire import Incarnation, PushTarget, RequestId, Role, Sampling

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from benchmarks.virtual_time import VirtualTimeLoop
+from workers.simulate.clock import VirtualTimeLoop
 
 
 def test_an_hour_passes_at_once_and_timers_come_in_order() -> None:
