@@ -10,8 +10,6 @@ Llama-3.1-8B in bf16 on an H100; a block of 512 tokens has 64 MiB. Nothing is ra
 from __future__ import annotations
 
 import argparse
-import asyncio
-import statistics
 import sys
 import time
 from collections import OrderedDict
@@ -28,15 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a sc
 
 from benchmarks import report
 from benchmarks.report import Bar
-from benchmarks.sim_fleet import BLOCK, Answer, Request, SimFleet, read_trace, trace_model
 from benchmarks.tier_plot import Panel, draw
-from workers.simulate.clock import VirtualTimeLoop
 from dynamo_lite.config import Config
 from kvbm.tiers.record import stride_bytes
-from workers.engine import EngineLoad
+from workers.simulate.figures import Figures, Slo
+from workers.simulate.fleet import Load, simulate
+from workers.simulate.trace import BLOCK, Request, attainable, read_trace
 
 WORKERS = 8
-BLOCK_BYTES = 64 * 2**20  # 512 tokens, 32 layers, keys and values of 8 heads of 128, 2 bytes each
+TOKEN_BYTES = 128 * 2**10  # 32 layers, keys and values of 8 heads of 128, 2 bytes each
+BLOCK_BYTES = BLOCK * TOKEN_BYTES
 DEVICE = (300, 500, 1000, 1500, 2000, 3000, 6000)  # blocks a worker; the longest prompt and its answer take 251
 FEWER = (300, 500, 1000, 3000)  # with tiers little depends on it
 TIERS: dict[str, dict[str, int]] = {  # blocks a worker
@@ -55,7 +54,6 @@ PACES = {
     "object_ms_per_block": 67.0,  # 1 GB/s
     "object_latency_ms": 30.0,
     "max_num_batched_tokens": 8192,
-    "steps_at_once": 4096,
 }
 SAME = 1.01  # times as long is still the same TTFT
 
@@ -102,52 +100,30 @@ def config_of(tiers: str, device_blocks: int) -> Config:
     )
 
 
-def replay(requests: Sequence[Request], model: Path, tiers: str, device_blocks: int, speed: float) -> Run:
+def replay(requests: Sequence[Request], tiers: str, device_blocks: int, speed: float) -> Run:
     """One run, in virtual time."""
-
-    async def main() -> tuple[list[Answer], list[EngineLoad]]:
-        async with SimFleet.open(config_of(tiers, device_blocks), model) as fleet:
-            answers = await fleet.replay(requests, speed)
-            return answers, [worker.engine.load() for worker in fleet.workers]
-
+    load = Load(requests, BLOCK, Slo(2.0, 0.05), speed)
     begun = time.process_time()
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        answers, loads = runner.run(main())
-    if len(answers) != len(requests):
-        raise RuntimeError(f"{len(requests)} requests, {len(answers)} answers")
-    return summary(tiers, device_blocks, answers, loads, time.process_time() - begun)
+    figures = simulate(config_of(tiers, device_blocks), TOKEN_BYTES, load)
+    if figures.requests != len(requests):
+        raise RuntimeError(f"{len(requests)} requests, {figures.requests} answers")
+    return summary(tiers, device_blocks, figures, time.process_time() - begun)
 
 
-def summary(
-    tiers: str, device_blocks: int, answers: Sequence[Answer], loads: Sequence[EngineLoad], cpu_s: float
-) -> Run:
-    ttft = statistics.quantiles((one.ttft_s for one in answers), n=100, method="inclusive")
+def summary(tiers: str, device_blocks: int, figures: Figures, cpu_s: float) -> Run:
     workers: list[dict[str, object]] = []
-    for number, load in enumerate(loads):
-        mine = [one for one in answers if one.worker == number]
-        placed, cached = sum(one.prompt_tokens for one in mine), sum(one.cached_tokens for one in mine)
-        tier_loads = {tier.tier.value: {k: v for k, v in asdict(tier).items() if k != "tier"} for tier in load.tiers}
+    for worker in figures.workers:
+        tier_loads = {tier.tier.value: {k: v for k, v in asdict(tier).items() if k != "tier"} for tier in worker.tiers}
         workers.append(
-            {"requests": len(mine), "placed_tokens": placed, "computed_tokens": placed - cached, "tiers": tier_loads}
-        )
-    blocks = sum(-(-one.prompt_tokens // BLOCK) for one in answers)
+            {
+                "requests": worker.requests, "placed_tokens": worker.placed_tokens,
+                "computed_tokens": worker.computed_tokens, "tiers": tier_loads,
+            }
+        )  # fmt: skip
     return Run(
-        tiers,
-        device_blocks,
-        sum(one.cached_tokens for one in answers) / BLOCK / blocks,
-        ttft[49],
-        ttft[98],
-        statistics.mean(one.ttft_s for one in answers),
-        _spread([worker["placed_tokens"] for worker in workers]),
-        _spread([worker["computed_tokens"] for worker in workers]),
-        workers,
-        cpu_s,
-    )
-
-
-def _spread(values: Sequence[object]) -> float:
-    numbers = [float(str(value)) for value in values]
-    return max(numbers) / statistics.mean(numbers)
+        tiers, device_blocks, figures.hit_rate, figures.ttft_p50_s, figures.ttft_p99_s, figures.ttft_mean_s,
+        figures.sent_spread, figures.computed_spread, workers, cpu_s,
+    )  # fmt: skip
 
 
 def pooled(requests: Sequence[Request], blocks: int | None) -> float:
@@ -165,18 +141,6 @@ def pooled(requests: Sequence[Request], blocks: int | None) -> float:
             cache.move_to_end(one)
         while blocks is not None and len(cache) > blocks:
             cache.popitem(last=False)
-    return hits / total
-
-
-def attainable(requests: Sequence[Request]) -> float:
-    """The hit rate of an engine that forgets nothing: it finds whole blocks only, and computes the last token."""
-    seen: set[int] = set()
-    hits = total = 0
-    for request in requests:
-        most = request.hash_ids[: (request.prompt_tokens - 1) // BLOCK]
-        hits += next((n for n, one in enumerate(most) if one not in seen), len(most))
-        total += len(request.hash_ids)
-        seen.update(request.hash_ids[: request.prompt_tokens // BLOCK])
     return hits / total
 
 
@@ -253,7 +217,7 @@ def tables(runs: Sequence[Run], found: Sequence[Saved], requests: Sequence[Reque
     for blocks in DEVICE:
         table.add_row(f"{WORKERS} × {blocks:,}", f"{pooled(requests, WORKERS * blocks):.1%}")
     table.add_row("without limit", f"{pooled(requests, None):.1%}")
-    table.add_row("without limit, whole blocks only", f"{attainable(requests):.1%}")
+    table.add_row("without limit, whole blocks only", f"{attainable(requests, BLOCK):.1%}")
     yield table
 
 
@@ -288,9 +252,9 @@ def main() -> None:
     requests = read_trace(options.trace)
     runs: list[Run] = []
     load = report.OtherLoad()
-    with trace_model(requests) as model, Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True) as progress:
         for tiers, device_blocks in progress.track(SWEEP, description="runs"):
-            runs.append(replay(requests, model, tiers, device_blocks, options.speed))
+            runs.append(replay(requests, tiers, device_blocks, options.speed))
             progress.console.print(runs[-1].line)
     found = savings(runs)
     for table in tables(runs, found, requests):
@@ -300,7 +264,7 @@ def main() -> None:
         "workers": WORKERS, "speed": options.speed, "requests": len(requests), "block_bytes": BLOCK_BYTES,
         "paces": PACES, "tiers": TIERS, "other_cores_busy": load.cores(),
         "pooled": {blocks: pooled(requests, WORKERS * blocks) for blocks in DEVICE},
-        "unlimited": pooled(requests, None), "attainable": attainable(requests),
+        "unlimited": pooled(requests, None), "attainable": attainable(requests, BLOCK),
         "savings": [asdict(one) for one in found], "runs": [asdict(run) for run in runs],
     }  # fmt: skip
     if options.json:

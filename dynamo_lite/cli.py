@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dynamo_lite import kv_cli
+from dynamo_lite import kv_cli, simulate_cli
 from dynamo_lite.command_line import Overrides, told_errors, user_cache
 from dynamo_lite.errors import ConfigError
 
@@ -26,6 +26,8 @@ What would it run?  dynamo-lite check configs/quickstart.yaml
 Change one key:  dynamo-lite serve configs/quickstart.yaml --set workers.decode.count=2 --set frontend.port=9000
 
 Look at the KV blocks of what runs:  dynamo-lite kv stats
+
+What would it do under a load?  dynamo-lite simulate --help
 """
 
 app = typer.Typer(
@@ -38,6 +40,7 @@ app = typer.Typer(
 )
 
 app.add_typer(kv_cli.app, name="kv")
+app.command(epilog=simulate_cli.EPILOG)(simulate_cli.simulate)
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The deployment, in YAML; see the examples in configs/.")]
 

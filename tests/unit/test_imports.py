@@ -29,6 +29,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "kvbm",
     ),
     "dynamo_lite": ("kvbm.hashing", "kvbm.index", "kvbm.events"),
+    # The simulator puts a router before workers in one process, and a command of ours runs it.
+    "workers.simulate": ("dynamo_lite.router", "dynamo_lite.plane", "dynamo_lite.config", "dynamo_lite.errors", "kvbm"),
+    "dynamo_lite.simulate_cli": ("workers.simulate",),
 }
 
 # Inside dynamo_lite nothing imports a part above its own. Modules not named here serve all and import none of these.
@@ -119,9 +122,10 @@ def layer(module: str) -> int | None:
 def breaches() -> Iterator[str]:
     for source in SOURCES:
         top = source.module.partition(".")[0]
+        allowed = ALLOWED[max((part for part in ALLOWED if within(source.module, (part,))), key=len)]
         for imported in imports_of(source):
             line = f"{source.module} imports {imported}"
-            if within(imported, OURS) and not within(imported, (top, *ALLOWED[top])):
+            if within(imported, OURS) and not within(imported, (top, *allowed)):
                 yield line
             library = imported.partition(".")[0]
             if library in CONFINED and not within(source.module, CONFINED[library]):

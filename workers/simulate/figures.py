@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from workers.engine import TierLoad
+
 _BINS = 400  # to a factor of e: a gap is known to an eighth of a percent
 
 
@@ -66,6 +68,7 @@ class WorkerFigures:
     generated_tokens: int
     busy_s: float
     preempted: int
+    tiers: tuple[TierLoad, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,5 +148,5 @@ def _figures(worker: SimWorker) -> WorkerFigures:
     counts = worker.counts
     return WorkerFigures(
         worker.name, counts.placed, counts.placed_tokens, counts.computed_tokens, counts.generated_tokens,
-        counts.busy_s, counts.preempted,
+        counts.busy_s, counts.preempted, worker.tiers,
     )  # fmt: skip

@@ -28,7 +28,7 @@ class Split:
         found = _SPLIT.fullmatch(text.strip())
         prefill, decode = (int(number or 0) for number in found.groups()) if found else (0, 0)
         if not decode:
-            raise ConfigError(f"'{text}' is no split: write 8 for aggregated workers, 2:6 for prefill and decode")
+            raise ConfigError("write 8 for aggregated workers, 2:6 for prefill and decode", file=f"--split {text}")
         return cls(prefill, decode) if prefill else cls(both=decode)
 
     @classmethod

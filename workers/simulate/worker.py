@@ -19,7 +19,7 @@ from dynamo_lite.router.roster import Roster
 from kvbm.events import KvEvent, KvEventBatch, KvSnapshot
 from kvbm.hashing import FullHash, HashedPrompt
 from kvbm.pool import BlockPool
-from workers.engine import Output
+from workers.engine import Output, TierLoad
 from workers.sim_pace import StepTimes, Work
 from workers.sim_scheduler import Scheduler, Step
 from workers.sim_sequence import Sequence
@@ -147,6 +147,11 @@ class SimWorker:
     def close(self) -> None:
         if self._tiers is not None:
             self._tiers.close()
+
+    @property
+    def tiers(self) -> tuple[TierLoad, ...]:
+        """Those beneath the device."""
+        return self._tiers.load() if self._tiers is not None else ()
 
     # ---- work ----
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from benchmarks import tier_trace
-from benchmarks.sim_fleet import FIRST, Request, TraceHashes, read_trace, trace_model
 from benchmarks.tier_plot import Panel, draw
-from benchmarks.tier_trace import Run, attainable, pooled, replay, saved
-from kvbm.hashing import block_hashes, full_block_hashes
+from benchmarks.tier_trace import Run, pooled, replay, saved
+from workers.simulate.trace import Request, attainable
 
 RUN = Run("none", 1000, 0.2, 0.2, 2.0, 0.3, 1.0, 1.0, [], 0.0)
 
@@ -30,28 +27,10 @@ def conversations() -> list[Request]:
     return sorted(turns, key=lambda request: request.at_s)
 
 
-def test_a_line_of_a_trace_becomes_a_prompt_whose_blocks_are_equal_where_their_ids_are(tmp_path: Path) -> None:
-    line = {"timestamp": 1500, "input_length": 700, "output_length": 9, "hash_ids": [0, 7]}
-    (tmp_path / "trace.jsonl").write_text(json.dumps(line) + "\n")
-    (request,) = read_trace(tmp_path / "trace.jsonl")
-    assert request == Request(1.5, 700, 9, (0, 7))
-    assert request.token_ids() == [FIRST] * 512 + [FIRST + 7] * 188
-
-
-def test_hashes_that_are_remembered_are_those_of_the_blocks() -> None:
-    tokens = [FIRST + 3] * 512 + [FIRST + 9] * 500 + list(range(12)) + [5] * 512
-    expected, remembered = full_block_hashes(tokens, 512), TraceHashes()
-    for _ in range(2):
-        assert remembered.full(tokens, 512) == expected
-        assert remembered.full(tokens[512:], 512, after=expected[0]) == expected[1:]
-        assert remembered.low(tokens, 512) == block_hashes(tokens, 512)
-
-
 def test_a_replay_is_the_same_every_time_and_tiers_make_up_for_a_small_device() -> None:
     requests = conversations()
-    with trace_model(requests) as model:
-        plain = [replay(requests, model, "none", blocks, 1.0) for blocks in (16, 16, 300)]
-        tiered = replay(requests, model, "host 1,500", 16, 1.0)
+    plain = [replay(requests, "none", blocks, 1.0) for blocks in (16, 16, 300)]
+    tiered = replay(requests, "host 1,500", 16, 1.0)
     assert replace(plain[0], cpu_s=0) == replace(plain[1], cpu_s=0)
     assert plain[0].hit_rate < 0.5 * plain[2].hit_rate
     assert tiered.hit_rate == pytest.approx(plain[2].hit_rate, rel=0.1)
@@ -63,7 +42,7 @@ def test_one_cache_for_all_forgets_what_was_not_used_for_longest() -> None:
     requests = [Request(0, 1024, 1, ids) for ids in ((1, 2), (3, 4), (1, 2), (3, 4))]
     assert pooled(requests, None) == pooled(requests, 4) == 0.5
     assert pooled(requests, 3) == 0.25  # of a prompt the tail goes before the head
-    assert attainable(requests) == 0.25  # the last block ends the prompt, so it is computed
+    assert attainable(requests, 512) == 0.25  # the last block ends the prompt, so it is computed
 
 
 def test_the_device_memory_that_is_as_good_is_found_between_the_sizes_that_were_tried() -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from workers.simulate.clock import VirtualTimeLoop
 from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerError
 from dynamo_lite.plane.wire import Incarnation, PushTarget, RequestId, Role, Sampling
 from kvbm.events import Tier
@@ -18,6 +17,7 @@ from tests.instances import LAYOUT
 from tests.sim_engines import sim_spec
 from workers.engine import Job, Output, PrefillJob, TransferReport
 from workers.sim_engine import SimEngine
+from workers.simulate.clock import VirtualTimeLoop
 
 MakeEngine = Callable[..., Awaitable[SimEngine]]
 PROMPT = [10 + i % 400 for i in range(130)]  # 8 blocks and 2 tokens

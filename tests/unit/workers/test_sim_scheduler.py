@@ -12,7 +12,7 @@ from kvbm.hashing import block_hashes
 from kvbm.pool import BlockPool
 from workers.engine import Output
 from workers.sim_scheduler import Scheduler
-from workers.sim_sequence import TokenSequence
+from workers.sim_sequence import Sequence, TokenSequence
 from workers.sim_tokens import Sampler, SimModel
 
 MODEL = SimModel(tuple(range(10, 110)), 200, 4096, 64)
@@ -306,7 +306,7 @@ def test_any_mix_ends_with_the_same_output_as_alone(
         assert batch.text(str(number)) == alone.text("x")
 
 
-def test_steps_alike_are_computed_at_once_until_a_block_is_full_or_a_sequence_ends() -> None:
+def test_steps_alike_are_computed_at_once_until_a_sequence_ends() -> None:
     batch = Batch()
     batch.scheduler.steps_at_once = 100
     batch.add("short", prompt(9), max_tokens=3)
@@ -317,14 +317,23 @@ def test_steps_alike_are_computed_at_once_until_a_block_is_full_or_a_sequence_en
         for sequence, output in batch.scheduler.finish(step, step.repeats):
             batch.outputs.setdefault(sequence.request_id, []).append(output)
         batch.pool.check()
-    # The prompts with their first tokens; the two other tokens of "short"; what blocks of 4 then have room for.
-    assert repeats == [1, 2, 1, 4, 1]
+    # The prompts with their first tokens; the two other tokens of "short"; what is left of "long", in several blocks.
+    assert repeats == [1, 2, 6]
     for name, start, count in (("short", 0, 3), ("long", 50, 9)):
         alone = Batch()
         alone.add(name, prompt(9, start), max_tokens=count)
         alone.run()
         assert batch.text(name) == alone.text(name)
         assert batch.outputs[name][-1].finish == "length"
+
+
+def test_without_blocks_for_all_steps_only_those_are_computed_at_once_that_need_none() -> None:
+    batch = Batch(blocks=4)
+    batch.scheduler.steps_at_once = 100
+    batch.add("long", prompt(9), max_tokens=9)
+    batch.step()
+    batch.pool.allocate(1)  # somebody else's: there is none for a fifth block
+    assert batch.scheduler.plan().repeats == 3  # its third block has the prompt's last token, and room for three
 
 
 def test_fewer_steps_than_may_be_computed_at_once_can_be_told_of() -> None:
@@ -334,7 +343,7 @@ def test_fewer_steps_than_may_be_computed_at_once_can_be_told_of() -> None:
     batch.step()
     batch.step()
     step = batch.scheduler.plan()
-    assert step.repeats == 3
+    assert step.repeats == 18
     ((_, output),) = batch.scheduler.finish(step, 2)
     assert len(output.token_ids) == 2
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from workers.simulate.clock import VirtualTimeLoop
 from dynamo_lite import config
 from dynamo_lite.errors import StartError
 from dynamo_lite.plane.wire import Incarnation, PushTarget, RequestId, Role, Sampling
@@ -24,6 +23,7 @@ from tests.sim_engines import STRIDE, sim_spec
 from workers.engine import Job, Output, PrefillJob, TierLoad, TransferReport
 from workers.sim_engine import SimEngine
 from workers.sim_storage import Bucket
+from workers.simulate.clock import VirtualTimeLoop
 
 PACES = {"prefill_ms_per_token": 10, "host_ms_per_block": 2, "disk_ms_per_block": 5, "object_ms_per_block": 8}
 HOST: dict[str, object] = {"host": {"size": 200 * STRIDE}}
