@@ -50,11 +50,8 @@ class StepTimes:
         once, more = self.once(work), work.decodes * self._context_s
         if once <= 0:
             return most
-        if more:  # the root of `times` = seconds
-            half = once / more - 0.5
-            count = math.sqrt(half * half + 2 * seconds / more) - half
-        else:
-            count = seconds / once
+        first = once - more / 2  # `times` is first × count + more / 2 × count²
+        count = 2 * seconds / (first + math.sqrt(first * first + 2 * more * seconds))
         return min(most, max(1, math.ceil(count)))
 
 

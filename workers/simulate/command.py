@@ -45,7 +45,8 @@ def run(config: Config, kv_bytes: int | None, options: Options, out: Console, pr
     policies, splits = chosen_policies(config, options), chosen_splits(config, options)
     if kv_bytes is None and config.kv_tiers.host is not None:
         raise ConfigError(
-            "must be set: how large a block is decides how many the tiers hold", key="sim.kv_bytes_per_token"
+            "sim.kv_bytes_per_token is not set, and the model is not here to ask how much the tiers hold",
+            key="sim.kv_bytes_per_token",
         )
     requests = _requests(options)
     slo = Slo(options.ttft_ms / 1e3, options.itl_ms / 1e3)
