@@ -19,6 +19,11 @@ MODEL = SimModel(tuple(range(10, 110)), 200, 4096, 64)
 BLOCK = 4
 
 
+def name_of(sequence: Sequence) -> str:
+    assert isinstance(sequence, TokenSequence)
+    return sequence.request_id
+
+
 @dataclass
 class Batch:
     """A scheduler and what came out of it."""
@@ -42,7 +47,7 @@ class Batch:
         """Tokens computed."""
         step = self.scheduler.plan()
         for sequence, output in self.scheduler.finish(step):
-            self.outputs.setdefault(sequence.request_id, []).append(output)
+            self.outputs.setdefault(name_of(sequence), []).append(output)
         self.pool.check()
         return sum(step.tokens.values())
 
@@ -50,7 +55,7 @@ class Batch:
         for _ in range(most):
             step = self.scheduler.plan()
             for sequence, output in self.scheduler.finish(step):
-                self.outputs.setdefault(sequence.request_id, []).append(output)
+                self.outputs.setdefault(name_of(sequence), []).append(output)
             self.pool.check()
             if not step.tokens and not step.preempted:
                 return
@@ -169,7 +174,7 @@ def test_the_youngest_sequence_is_preempted_and_its_output_is_the_same_in_the_en
         step = batch.scheduler.plan()
         preempted += step.preempted
         for sequence, output in batch.scheduler.finish(step):
-            batch.outputs.setdefault(sequence.request_id, []).append(output)
+            batch.outputs.setdefault(name_of(sequence), []).append(output)
         batch.pool.check()
     assert preempted > 0
     assert {name: batch.text(name) for name in alone} == alone
@@ -289,7 +294,7 @@ def test_any_mix_ends_with_the_same_output_as_alone(
         step = batch.scheduler.plan()
         fetching += step.fetches
         for sequence, output in batch.scheduler.finish(step):
-            batch.outputs.setdefault(sequence.request_id, []).append(output)
+            batch.outputs.setdefault(name_of(sequence), []).append(output)
         batch.pool.check()
         if step.tokens:
             continue
@@ -315,7 +320,7 @@ def test_steps_alike_are_computed_at_once_until_a_sequence_ends() -> None:
     while (step := batch.scheduler.plan()).tokens:
         repeats.append(step.repeats)
         for sequence, output in batch.scheduler.finish(step, step.repeats):
-            batch.outputs.setdefault(sequence.request_id, []).append(output)
+            batch.outputs.setdefault(name_of(sequence), []).append(output)
         batch.pool.check()
     # The prompts with their first tokens; the two other tokens of "short"; what is left of "long", in several blocks.
     assert repeats == [1, 2, 6]
@@ -357,7 +362,7 @@ def test_a_stop_token_ends_a_sequence_in_the_middle_of_steps_at_once() -> None:
     batch.add("stopped", prompt(8), max_tokens=6, stop_token_ids=(stop,))
     while (step := batch.scheduler.plan()).tokens:
         for sequence, output in batch.scheduler.finish(step, step.repeats):
-            batch.outputs.setdefault(sequence.request_id, []).append(output)
+            batch.outputs.setdefault(name_of(sequence), []).append(output)
     assert batch.text("stopped") == batch.text("free")[: batch.text("free").index(stop) + 1]
     assert batch.outputs["stopped"][-1].stop_token == stop
     assert batch.pool.pinned == 0
