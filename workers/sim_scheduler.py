@@ -156,7 +156,9 @@ class Scheduler:
                 onboard = self._match(sequence)
             fetch = not onboard and sequence.fetch is not None and sequence.fetch(sequence.computed)
             missing = sequence.length - sequence.computed
-            count = missing if fetch or onboard else min(missing, budget)
+            # What is computed elsewhere may come with a token, for which there has to be room as well: if it had to be
+            # found then, sequences that have all blocks there are could wait for each other.
+            count = missing + 1 if fetch else missing if onboard else min(missing, budget)
             if not self._grow(sequence, count):
                 if queue is self._waiting:
                     self._release(sequence)

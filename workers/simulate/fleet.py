@@ -28,6 +28,7 @@ from workers.simulate.trace import Hashes, Request
 from workers.simulate.worker import PlannedSequence, SimWorker
 
 _TELL_EVERY = 64  # answers
+_STUCK_S = 600.0  # without a step of any worker, though there are requests: that is a mistake of the simulator's
 
 Told = Callable[[int], None]  # how many requests have been answered or refused
 
@@ -62,6 +63,7 @@ class Fleet:
                 except ValueError as error:
                     raise ConfigError(str(error), key="kv_tiers.host.size") from error
                 self.workers[worker.record.incarnation] = worker
+        self._all_came, self._steps, self._changed_at = False, 0, 0.0
         self._done = asyncio.Event()
         self._failure: BaseException | None = None
 
@@ -85,8 +87,15 @@ class Fleet:
         self._done.set()
 
     def _report(self) -> None:
+        steps = 0
         for worker in self.workers.values():
             worker.report()
+            steps += worker.counts.steps
+        now = asyncio.get_running_loop().time()
+        if steps != self._steps or not self._all_came:
+            self._steps, self._changed_at = steps, now
+        if now - self._changed_at > _STUCK_S:
+            raise RuntimeError(f"nothing happens any more, and {len(self.answers)} requests are answered")
         asyncio.get_running_loop().call_later(INTERVAL_S, self._report)
 
     def _arrive(self, number: int) -> None:
@@ -100,6 +109,7 @@ class Fleet:
                 return
             self._begin(requests[number])
             number += 1
+        self._all_came = True
 
     def _begin(self, request: Request) -> None:
         prompt = self._hashes.prompt(request)

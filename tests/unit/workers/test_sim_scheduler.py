@@ -229,7 +229,7 @@ def test_a_fetched_prompt_has_all_its_blocks_first_and_computes_its_last_token()
     step = batch.scheduler.plan()
     assert step.fetches == [sequence]
     assert not step.tokens
-    assert (len(sequence.blocks), batch.scheduler.waiting) == (3, 1)
+    assert (len(sequence.blocks), batch.scheduler.waiting) == (4, 1)  # the last for a token that may come with it
     batch.scheduler.fetched(sequence, 11)
     assert batch.step() == 1
     batch.run()
@@ -293,8 +293,8 @@ def test_any_mix_ends_with_the_same_output_as_alone(
     for _ in range(2000):
         step = batch.scheduler.plan()
         fetching += step.fetches
-        for sequence, output in batch.scheduler.finish(step):
-            batch.outputs.setdefault(name_of(sequence), []).append(output)
+        for one, output in batch.scheduler.finish(step):
+            batch.outputs.setdefault(name_of(one), []).append(output)
         batch.pool.check()
         if step.tokens:
             continue
@@ -366,3 +366,20 @@ def test_a_stop_token_ends_a_sequence_in_the_middle_of_steps_at_once() -> None:
     assert batch.text("stopped") == batch.text("free")[: batch.text("free").index(stop) + 1]
     assert batch.outputs["stopped"][-1].stop_token == stop
     assert batch.pool.pinned == 0
+
+
+def test_sequences_computed_elsewhere_have_room_for_the_token_that_comes_with_them() -> None:
+    batch = Batch(blocks=6)
+    waiting = [batch.add(str(number), prompt(8, 20 * number), max_tokens=4) for number in range(3)]
+    for sequence in waiting:
+        sequence.fetch = lambda cached: True
+    step = batch.scheduler.plan()
+    assert step.fetches == waiting[:2]  # of two blocks each, and a third: together all there are
+    for sequence in step.fetches:
+        assert isinstance(sequence, TokenSequence)
+        sequence.tokens.append(7)
+        sequence.length += 1
+        batch.scheduler.fetched(sequence, 8)
+    waiting[2].fetch = None
+    batch.run()
+    assert all(len(batch.text(str(number))) == (3, 3, 4)[number] for number in range(3))
