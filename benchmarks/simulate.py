@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg")
     options = parser.parse_args()
-    out, machine, other = Console(), report.machine(), report.OtherLoad()
+    out, machine, other = Console(width=120), report.machine(), report.OtherLoad()
     load = Load(read_trace(options.trace), BLOCK, SLO)
     plain, tiered = config_of(tiered=False), config_of(tiered=True)
     assert plain.sim.kv_bytes_per_token is not None, "the file says it"

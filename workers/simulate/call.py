@@ -69,7 +69,7 @@ class RemotePrefill:
     """
 
     def __init__(
-        self, call: Call, sequence: PlannedSequence, prompt: HashedPrompt, decode: SimWorker, prefill: SimWorker
+        self, call: Call, prompt: HashedPrompt, decode: SimWorker, prefill: SimWorker, sequence: PlannedSequence
     ) -> None:
         """It begins at once. `sequence` waits for it, on the worker that decodes."""
         self._call, self._sequence, self._decode, self._prefill = call, sequence, decode, prefill

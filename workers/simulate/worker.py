@@ -57,7 +57,9 @@ class PlannedSequence(Sequence):
         self.longest = self.prompt_len + answer_tokens
         self.generates = answer is not None
         self.owner, self._answer, self._hashes = owner, answer, list(prompt.full)
-        self.ask: Callable[[], object] = lambda: None  # called once `fetch` has said yes, and there are blocks for it
+        self.ask: Callable[[PlannedSequence], object] = (
+            id  # called with itself once `fetch` has said yes, and it has blocks
+        )
 
     def hashes(self, block_size: int) -> list[FullHash]:
         while self._answer is not None and len(self._hashes) < self.length // block_size:
@@ -200,7 +202,7 @@ class SimWorker:
         self.counts.preempted += step.preempted
         for sequence in step.fetches:
             assert isinstance(sequence, PlannedSequence)
-            sequence.ask()
+            sequence.ask(sequence)
         for sequence, hashes in step.onboards:
             assert self._tiers is not None, "onboarding is from tiers"
             self._tiers.read(hashes, partial(self._onboarded, sequence))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -167,6 +168,19 @@ def test_how_far_it_has_come_is_told() -> None:
     told: list[int] = []
     simulate(config({"both": 2}), KV_BYTES, Load(some_traffic(3, 150), BLOCK, SLO), told.append)
     assert told == [64, 128, 150]
+
+
+@pytest.mark.parametrize("split", ["3", "1:2"])
+def test_no_request_leaves_a_circle_of_objects_behind(split: str) -> None:
+    settings = variant(config({"both": 1}), "kv", Split.parse(split))
+    found = []
+    for count in (40, 240):
+        load = Load(some_traffic(4, count), BLOCK, SLO)
+        gc.collect()
+        assert gc.isenabled()
+        simulate(settings, KV_BYTES, load)
+        found.append(gc.collect())
+    assert found[1] - found[0] <= 200  # what was seen of each, which the fleet keeps to its own end
 
 
 # ---- against the engine that serves ----
