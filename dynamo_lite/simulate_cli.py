@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dynamo_lite.command_line import Overrides, told_errors
+
+if TYPE_CHECKING:
+    from workers.simulate.command import Options
 
 EPILOG = """
 \b
@@ -77,6 +80,22 @@ def simulate(  # noqa: PLR0913 – each is an option
     take the time that FILE says, on a clock that jumps. Nothing is started, and nothing sent. The same FILE, load and
     seed give the same figures.
     """
+    from workers.simulate.command import Options  # noqa: PLC0415
+
+    if (trace is None) is (synthetic is None):
+        raise typer.BadParameter("give one of --trace and --synthetic")
+    if write_trace is not None and synthetic is None:
+        raise typer.BadParameter("--write-trace keeps what --synthetic makes up")
+    options = Options(
+        trace, synthetic, trace_block, _each(policy), compare, _each(split), speed, seed, ttft_ms, itl_ms, json, plot,
+        write_trace,
+    )  # fmt: skip
+    with told_errors():
+        _run(config, set_ or [], options)
+
+
+def _run(file: Path, overrides: list[str], options: Options) -> None:
+    """Raises ConfigError, TraceError."""
     from rich.console import Console  # noqa: PLC0415
 
     from dynamo_lite import model_store  # noqa: PLC0415
@@ -84,27 +103,18 @@ def simulate(  # noqa: PLR0913 – each is an option
     from dynamo_lite.errors import ConfigError  # noqa: PLC0415
     from workers.simulate import command  # noqa: PLC0415
 
-    if (trace is None) is (synthetic is None):
-        raise typer.BadParameter("give one of --trace and --synthetic")
-    if write_trace is not None and synthetic is None:
-        raise typer.BadParameter("--write-trace keeps what --synthetic makes up")
-    options = command.Options(
-        trace, synthetic, trace_block, _each(policy), compare, _each(split), speed, seed, ttft_ms, itl_ms, json, plot,
-        write_trace,
-    )  # fmt: skip
     out = Console(highlight=False)
     if not out.is_terminal:
         out.width = 120  # files and pipes have no width
-    with told_errors():
-        source = load(config, set_ or [])
-        try:
-            settings = source.config
-            kv_bytes = settings.sim.kv_bytes_per_token
-            if kv_bytes is None and (shape := model_store.shape(settings)) is not None:
-                kv_bytes = shape.kv_bytes(settings.dtype, settings.kv_cache_dtype)
-            command.run(settings, kv_bytes, options, out, Console(stderr=True))
-        except ConfigError as error:
-            raise (source.located(error) if error.key else error) from error
+    source = load(file, overrides)
+    config = source.config
+    try:
+        kv_bytes = config.sim.kv_bytes_per_token
+        if kv_bytes is None and (shape := model_store.shape(config)) is not None:
+            kv_bytes = shape.kv_bytes(config.dtype, config.kv_cache_dtype)
+        command.run(config, kv_bytes, options, out, Console(stderr=True))
+    except ConfigError as error:
+        raise (source.located(error) if error.key else error) from error
 
 
 def _each(values: list[str] | None) -> tuple[str, ...]:
