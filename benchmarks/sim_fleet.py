@@ -100,6 +100,7 @@ class Worker:
             LoadReport(
                 self.record.incarnation, self._load_seq, load.running, load.waiting, load.kv_used_blocks,
                 load.kv_total_blocks, sum(load.held_blocks.values()), self._kv_seq,
+                queued_tokens=load.queued_tokens, rates=load.rates,
             )
         )  # fmt: skip
 
@@ -116,7 +117,7 @@ class SimFleet:
     async def open(cls, config: Config, model: Path) -> AsyncIterator[SimFleet]:
         """`config.workers.both` says how many; `model`: what `write_model` wrote."""
         assert config.workers.both is not None, "the workers are aggregated ones"
-        roster, bucket = Roster(lambda _: None), Bucket()
+        roster, bucket = Roster(lambda _: None, asyncio.get_running_loop().time), Bucket()
         async with AsyncExitStack() as stack:
             workers = []
             for number in range(config.workers.both.count):

@@ -26,6 +26,7 @@ from kvbm.policy import PullCost
 from kvbm.pool import BlockPool
 from workers.engine import EngineInfo, EngineLoad, Job, Output, Prefilled, PrefillJob, RemotePrefill, TransferReport
 from workers.metrics import SimMetrics
+from workers.rates import Speeds
 from workers.sim_pace import Pace
 from workers.sim_scheduler import Scheduler, Sequence, Step
 from workers.sim_storage import Bucket
@@ -108,6 +109,7 @@ class SimEngine:
         )
         fingerprint = Fingerprint(config.model, config.revision or "", BACKEND, BACKEND, layout)
         self._layout = layout
+        self._speeds = Speeds(self.cost, self._block_size, layout.block_bytes)
         if config.kv_tiers.host is not None:
             self._open_tiers(layout)
         # The engine outlives every task group of the worker, as a real one (a process) does; close() ends it.
@@ -121,7 +123,7 @@ class SimEngine:
             raise StartError("sim engine", str(error)) from error
         self._scheduler.worth_reading, self._scheduler.completed = tiers.worth, tiers.completed
         tiers.open()
-        self._tiers = tiers
+        self._tiers, self._speeds.onboarding = tiers, tiers.cost
 
     async def close(self) -> None:
         if self._tiers is not None:
@@ -171,6 +173,8 @@ class SimEngine:
                     self._metrics.time_to_first_token.observe(now - arrived)
                     self._count_prompt(sequence, external)
                 last = now
+                if item.finish:
+                    self._speeds.answers.ended(sequence.generated)
                 yield item
                 if item.finish:
                     return
@@ -233,6 +237,8 @@ class SimEngine:
             self._pool.size,
             dict(self._holds),
             tiers=self._tiers.load() if self._tiers is not None else (),
+            queued_tokens=self._scheduler.queued_tokens,
+            rates=self._speeds.rates(),
         )
 
     async def kv_admin(self, ask: KvAsk) -> KvTold:
@@ -369,6 +375,8 @@ class SimEngine:
 
     async def _compute(self, step: Step) -> int:
         """Take the step's time; returns how many steps like it this was."""
+        if not step.prefill_tokens:
+            self._speeds.steps.took(len(step.tokens), self._pace.seconds(0, step.decoding))
         if step.repeats > 1:
             return await self._pace.steps(step.repeats, self._work)
         await self._pace.step(step.prefill_tokens, step.decoding)
