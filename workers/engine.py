@@ -172,7 +172,7 @@ class EngineLoad:
     peers: dict[str, int] = field(default_factory=dict)  # workers KV may be exchanged with: "met", "meeting", "silent"
     tiers: tuple[TierLoad, ...] = ()
     queued_tokens: int = 0  # of prompts, yet to be computed here
-    rates: Rates = Rates()
+    rates: Rates = field(default_factory=Rates)
 
 
 class Engine(Protocol):
