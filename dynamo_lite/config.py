@@ -198,8 +198,8 @@ class Router(Model):
     @model_validator(mode="before")
     @classmethod
     def _no_weights(cls, given: object) -> object:
-        for name in _WEIGHTS if isinstance(given, dict) else ():
-            if name in given:
+        for name in _WEIGHTS:
+            if isinstance(given, dict) and name in given:
                 raise ValueError(f"'{name}' is no more: costs are milliseconds now, learnt from the workers. Remove it")
         return given
 

@@ -104,6 +104,7 @@ class Job:
     cache_salt: str | None = None
     remote: RemotePrefill | None = None
     trace_headers: dict[str, str] = field(default_factory=dict)
+    held_tokens: int = 0  # of the prompt, on this worker, as the router believes; for the load report alone
     alone: bool = True  # no other sequence waits for this one's KV, so a token may come before that is here
 
 

@@ -86,3 +86,22 @@ class Speeds:
 def _ms(fit: tuple[float, float] | None, units: float = 1.0) -> Line | None:
     """`units`: of what was measured, in one of what is reported."""
     return None if fit is None else (1000 * fit[0], 1000 * fit[1] * units)
+
+
+class Queue:
+    """Prompts that are to be computed here, by request."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, int] = {}
+
+    @property
+    def tokens(self) -> int:
+        return sum(self._tokens.values())
+
+    def add(self, request_id: str, tokens: int) -> None:
+        """So many of its tokens are missing."""
+        self._tokens[request_id] = tokens
+
+    def done(self, request_id: str) -> None:
+        """It has its first token, or has ended. Idempotent."""
+        self._tokens.pop(request_id, None)

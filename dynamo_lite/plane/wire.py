@@ -120,6 +120,7 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     traceparent: str = ""
     route_reason: str = ""
     holder: Holder | None = None  # of whom the prefix may be pulled
+    held_tokens: int = 0  # of the prompt, on this worker, as the router believes
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -36,6 +36,15 @@ class Placement:
         return self.considered.reason()
 
     @property
+    def prompt_tokens(self) -> int:
+        return self.considered.prompts[self.considered.chosen].tokens
+
+    @property
+    def held_tokens(self) -> int:
+        """Of the prompt, on the decode worker, as far as is known here."""
+        return self.considered.prompts[self.considered.chosen].held
+
+    @property
     def scores(self) -> dict[str, float]:
         """By worker name, in predicted milliseconds; lower is better."""
         considered = self.considered
