@@ -42,7 +42,7 @@ def store(workers: Roster, worker: InstanceRecord, hashes: list[int], tier: Tier
     workers.take_batch(KvEventBatch(worker.incarnation, seq, (BlocksStored(tuple(hashes), tier=tier),)))
 
 
-def report(worker: InstanceRecord, seq: int = 1, *, used: int = 0, running: int = 0, **more: int) -> LoadReport:
+def report(worker: InstanceRecord, seq: int = 1, *, used: int = 0, running: int = 0, **more: object) -> LoadReport:
     return LoadReport(worker.incarnation, seq, running, more.pop("waiting", 0), used, 1000, **more)  # type: ignore[arg-type]
 
 

@@ -106,10 +106,17 @@ def prefill(worker: Worker, prompt: Prompt) -> Prefill:
     return Prefill(worker.name, line(pace.prefill, worker.queued_tokens), computing)
 
 
-def predict(worker: Worker, prompt: Prompt, remote: Prefill | None = None, pulled: int = 0) -> Prediction:
+def predict(
+    worker: Worker,
+    prompt: Prompt,
+    remote: Prefill | None = None,
+    pulled: int = 0,
+    reluctance: float = RELUCTANCE,
+) -> Prediction:
     """What the prompt costs on this decode worker. At least one token of it is missing there.
 
-    `remote`: the best prefill worker for it. `pulled`: tokens, more than are held here, that another worker has.
+    `remote`: the best prefill worker for it; the prompt is computed here only for less than `reluctance` of what it
+    costs there. `pulled`: tokens, more than are held here, that another worker has.
     """
     pace = worker.pace
     missing = prompt.tokens - prompt.held
@@ -132,7 +139,7 @@ def predict(worker: Worker, prompt: Prompt, remote: Prefill | None = None, pulle
         waited = _room(worker, prompt.tokens) + remote.queue
         parts = Parts(waited, remote.prefill, moved, onboard, decode, evict)
         ms = sum(parts)
-        if (way == HERE and RELUCTANCE * ms <= total) or ms < total:
+        if (way == HERE and reluctance * ms <= total) or ms < total:
             best, total, way = parts, ms, remote.name
     return Prediction(total, best, way)
 

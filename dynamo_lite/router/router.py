@@ -12,7 +12,7 @@ from dynamo_lite.errors import NoInstance
 from dynamo_lite.plane.wire import Holder, Incarnation, Role
 from dynamo_lite.router import metrics
 from dynamo_lite.router.bookings import BookingLedger
-from dynamo_lite.router.cost import HERE, PULL, Prefill, Prompt, Worker, cheapest, predict, prefill, softmax
+from dynamo_lite.router.cost import HERE, PULL, RELUCTANCE, Prefill, Prompt, Worker, cheapest, predict, prefill, softmax
 from dynamo_lite.router.explain import Considered
 from dynamo_lite.router.placement import Placement
 from dynamo_lite.router.roster import Instance, Roster
@@ -173,11 +173,12 @@ class Router:
         prompts = [_prompt(each, tokens, overlaps) for each in decoding]
         workers = list(map(_worker, decoding, self._evict(decoding)))
         pulls = self._pulls(decoding, able, overlaps)
+        reluctance = RELUCTANCE if self._weights.remote_prefill == "auto" else 0.0
         predictions = []
         for each, worker, prompt, pulled in zip(decoding, workers, prompts, pulls, strict=True):
             remote = next(iter(self._fitting(each, prefills)), None) if prefills else None
             seen = Prompt(tokens, prompt.block_size) if blind else prompt
-            predictions.append(predict(worker, seen, remote and remote[1], pulled))
+            predictions.append(predict(worker, seen, remote and remote[1], pulled, reluctance))
         chosen = self._choose([one.total for one in predictions])
         return Considered(self._weights.mode, workers, prompts, predictions, chosen)
 
