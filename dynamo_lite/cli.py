@@ -93,7 +93,8 @@ def explain(
     transfer  moving what another worker has, or computes
     onboard   reading what lies in tiers
     decode    its answer in a batch rather than alone, and what its prompt takes from others there
-    evict     computing again what has to make room for it
+    work      computing, which weighs more than waiting: others lose it
+    late      queueing beyond router.patience_ms, likewise
     held      tokens of the prompt that the worker has, in any tier
 
     All are predicted milliseconds, from what the workers have measured lately. Frontends remember their last 1,000

@@ -192,6 +192,7 @@ class Router(Model):
 
     mode: RouterMode = "kv"
     temperature: Annotated[float, Field(ge=0)] = 0.0
+    patience_ms: Annotated[float, Field(ge=0)] = 3000.0
     remote_prefill: Literal["auto", "always"] = "auto"
     prefill_candidates: Annotated[int, Field(ge=1, le=16)] = 3
     self_test: bool = True

@@ -8,15 +8,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from statistics import median
 
 from dynamo_lite.plane.wire import Fingerprint, Incarnation, InstanceRecord, LoadReport, Rates, Role
 from dynamo_lite.router import metrics
-from dynamo_lite.router.churn import Churn
 from dynamo_lite.router.cost import Pace
 from dynamo_lite.router.load import WorkerLoad
 from dynamo_lite.router.paces import pace
 from dynamo_lite.router.recent import Recent
-from kvbm.events import BlocksStored, KvEventBatch, KvSnapshot, Tier
+from kvbm.events import KvEventBatch, KvSnapshot
 from kvbm.index import PrefixIndex
 
 REVIVE_AFTER_S = 0.5  # a report this long after a worker was called lost was not under way at that time
@@ -34,7 +34,6 @@ class Instance:
 
     record: InstanceRecord
     load: WorkerLoad
-    churn: Churn
     number: int  # of its own
     kind: int  # equal for workers of one fingerprint
     block_size: int  # tokens
@@ -60,6 +59,7 @@ class Roster:
         self._ask_snapshot = ask_snapshot
         self._kinds: dict[Fingerprint, int] = {}
         self._problems: dict[tuple[int, int], str | None] = {}
+        self.token_ms = 0.0  # of computing a prompt, on a worker as most are
         self._joined = 0  # workers, so far
         self._paces_at: float | None = None  # when they were worked out; None: they have to be now
         self._rates_changed = False
@@ -102,6 +102,7 @@ class Roster:
             kin.setdefault(each.kind, []).append(report.rates if report is not None else NOTHING)
         for each, report in reports:
             each.pace = pace(report.rates if report is not None else NOTHING, kin[each.kind])
+        self.token_ms = median(each.pace.prefill[1] for each in self._instances.values())
 
     async def until(self, holds: Callable[[], bool]) -> None:
         """Wait for a change after which `holds`, for readiness. The deadline is the caller's."""
@@ -120,10 +121,9 @@ class Roster:
             self._instances[record.incarnation].record = record
             return
         kind = self._kinds.setdefault(record.fingerprint, len(self._kinds))
-        load, churn = WorkerLoad(self.clock), Churn(record.kv_blocks)
         self._joined += 1
         instance = self._instances[record.incarnation] = Instance(
-            record, load, churn, self._joined, kind, record.fingerprint.block_size, pace(NOTHING, ())
+            record, WorkerLoad(self.clock), self._joined, kind, record.fingerprint.block_size, pace(NOTHING, ())
         )
         self._paces_at = None
         log.info("%s joined (%s)", record.name, record.incarnation)
@@ -178,13 +178,7 @@ class Roster:
         elif not self.index.apply(batch):
             instance.buffer.append(batch)
             self._gap(instance)
-        self._note_stored(instance, batch)
         self._tell()
-
-    def _note_stored(self, instance: Instance, batch: KvEventBatch) -> None:
-        stored = [each for each in batch.events if isinstance(each, BlocksStored) and each.tier is Tier.DEVICE]
-        if stored:
-            instance.churn.store(sum(len(each.hashes) for each in stored), self.clock())
 
     def take_snapshot(self, snapshot: KvSnapshot) -> bool:
         """All blocks of a worker. False when batches after it are missing, and another one is needed."""

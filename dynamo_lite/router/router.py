@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
@@ -12,14 +11,28 @@ from dynamo_lite.errors import NoInstance
 from dynamo_lite.plane.wire import Holder, Incarnation, Role
 from dynamo_lite.router import metrics
 from dynamo_lite.router.bookings import BookingLedger
-from dynamo_lite.router.cost import HERE, PULL, RELUCTANCE, Prefill, Prompt, Worker, cheapest, predict, prefill, softmax
+from dynamo_lite.router.cost import (
+    HERE,
+    PULL,
+    RELUCTANCE,
+    Policy,
+    Prefill,
+    Prompt,
+    Usual,
+    Worker,
+    cheapest,
+    line,
+    predict,
+    prefill,
+    softmax,
+    waiting,
+)
 from dynamo_lite.router.explain import Considered
 from dynamo_lite.router.placement import Placement
 from dynamo_lite.router.roster import Instance, Roster
 from kvbm.events import Tier
 from kvbm.hashing import block_hashes
 
-EVICTED = 0.1  # of KV that makes room for other KV: how much would have been of use once more
 _EVERY_ROLE = tuple(Role)
 
 
@@ -57,6 +70,7 @@ class Router:
         self.bookings = BookingLedger(roster)
         self._roster, self._weights = roster, weights
         self._turn = 0
+        self._policy = Policy(RELUCTANCE if weights.remote_prefill == "auto" else 0.0, weights.patience_ms)
         self._random = random.Random(seed)  # noqa: S311  # nobody gains by guessing it
 
     def place(
@@ -171,14 +185,14 @@ class Router:
     ) -> Considered:
         blind = self._weights.mode == "least_loaded"
         prompts = [_prompt(each, tokens, overlaps) for each in decoding]
-        workers = list(map(_worker, decoding, self._evict(decoding)))
+        workers = list(map(_worker, decoding))
+        usual = Usual(min([waiting(worker, tokens) for worker in workers]), self._roster.token_ms)
         pulls = self._pulls(decoding, able, overlaps)
-        reluctance = RELUCTANCE if self._weights.remote_prefill == "auto" else 0.0
         predictions = []
         for each, worker, prompt, pulled in zip(decoding, workers, prompts, pulls, strict=True):
             remote = next(iter(self._fitting(each, prefills)), None) if prefills else None
             seen = Prompt(tokens, prompt.block_size) if blind else prompt
-            predictions.append(predict(worker, seen, remote and remote[1], pulled, reluctance))
+            predictions.append(predict(worker, seen, usual, remote and remote[1], pulled, self._policy))
         chosen = self._choose([one.total for one in predictions])
         return Considered(self._weights.mode, workers, prompts, predictions, chosen)
 
@@ -191,16 +205,6 @@ class Router:
         if self._weights.temperature:
             return softmax(costs, self._weights.temperature, self._random)
         return cheapest(costs, self._turn)
-
-    def _evict(self, instances: Sequence[Instance]) -> list[float]:
-        """What storing a token of KV costs others, for each: most where KV is not kept for long as it is."""
-        now = self._roster.clock()
-        ages = [each.churn.age(now) for each in instances]
-        full = [1 / age for age in ages if age < math.inf]
-        if not full or self._weights.mode == "least_loaded":
-            return [0.0] * len(ages)
-        usual = len(full) / sum(full)
-        return [EVICTED * each.pace.prefill[1] * usual / age for age, each in zip(ages, instances, strict=True)]
 
     def _pulls(
         self, decoding: Sequence[Instance], able: Sequence[Instance], overlaps: dict[str, Overlap]
@@ -221,9 +225,13 @@ class Router:
         if not found:
             return []
         first = self._turn % len(found)
+        found = [*found[first:], *found[:first]]
+        workers = list(map(_worker, found))
+        shortest = min(line(worker.pace.prefill, worker.queued_tokens) for worker in workers)
+        usual = Usual(shortest, self._roster.token_ms)
         costs = [
-            (each, prefill(_worker(each, 0.0), _prompt(each, tokens, overlaps)))
-            for each in (*found[first:], *found[:first])
+            (each, prefill(worker, _prompt(each, tokens, overlaps), usual, self._policy))
+            for each, worker in zip(found, workers, strict=True)
         ]
         return sorted(costs, key=lambda each: each[1].total)
 
@@ -262,7 +270,7 @@ def _prompt(instance: Instance, tokens: int, overlaps: dict[str, Overlap]) -> Pr
     return Prompt(tokens, size, overlap.blocks * size, beneath)
 
 
-def _worker(instance: Instance, evict_ms: float) -> Worker:
+def _worker(instance: Instance) -> Worker:
     load, record, size = instance.load, instance.record, instance.block_size
     return Worker(
         record.name,
@@ -272,5 +280,4 @@ def _worker(instance: Instance, evict_ms: float) -> Worker:
         record.max_num_seqs,
         load.used_blocks * size,
         record.kv_blocks * size,
-        evict_ms,
     )

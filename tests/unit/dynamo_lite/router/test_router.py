@@ -30,10 +30,12 @@ def test_a_request_goes_to_the_worker_that_holds_its_prefix_and_says_so() -> Non
     placement = Router(workers, Weights()).place(PROMPT)
     assert placement.decode == D[1]
     assert (placement.overlap_blocks, placement.prompt_blocks) == (12, 20)
-    assert placement.reason == "prefix 12/20 blocks on decode-1; 146 ms (queue 14, prefill 132), decode-0 338 ms"
-    assert placement.scores == pytest.approx({"decode-0": 338, "decode-1": 146}, rel=0.01)
+    assert placement.reason == (
+        "prefix 12/20 blocks on decode-1; 2706 ms (queue 14, prefill 132, work 2560), decode-0 6738 ms"
+    )
+    assert placement.scores == pytest.approx({"decode-0": 6738, "decode-1": 2706}, rel=0.01)
     assert placement.parts == pytest.approx(
-        {"queue": 14, "prefill": 132, "transfer": 0, "onboard": 0, "decode": 0, "evict": 0}, rel=0.05
+        {"queue": 14, "prefill": 132, "transfer": 0, "onboard": 0, "decode": 0, "work": 2560, "late": 0}, rel=0.05
     )
 
 
@@ -47,6 +49,8 @@ def test_a_prefix_everyone_shares_does_not_herd_requests_onto_one_worker() -> No
             placement = router.place([*PROMPT[:64], *([i] * 256)])
             running.enter_context(placement.booked())
             placed[placement.decode.name] += 1
+            if not placement.overlap_blocks:
+                store(workers, placement.decode, block_hashes(PROMPT[:64], 16))
     assert max(placed.values()) - min(placed.values()) <= 2
     assert all(instance(workers, each).load.sequences == 0 for each in D)
 
@@ -152,7 +156,7 @@ def test_the_prefill_worker_that_holds_the_prefix_goes_first_unless_its_queue_is
     store(workers, P[1], block_hashes(PROMPT[:192], 16))
     router = Router(workers, Weights())
     assert router.place(PROMPT).prefill[0] == P[1]
-    workers.take_report(report(P[1], 1, queued_tokens=500))
+    workers.take_report(report(P[1], 1, queued_tokens=50_000))
     assert router.place(PROMPT).prefill[-1] == P[1]
 
 
