@@ -186,6 +186,7 @@ class BookingLedger:
     def _count(self) -> None:
         metrics.BOOKINGS.labels("others").set(self.others)
         metrics.ROUTERS.set(len(self._others))
+        self._roster.tell()
 
     def _hold(self, one: Booked) -> Held:
         """Here a prompt that is computed elsewhere takes no place in that worker's batch once it is."""

@@ -129,7 +129,7 @@ class Roster:
         log.info("%s joined (%s)", record.name, record.incarnation)
         self._count_workers()
         self._ask_snapshot(instance)
-        self._tell()
+        self.tell()
 
     def leave(self, incarnation: Incarnation) -> None:
         """A worker's registration ended."""
@@ -138,7 +138,7 @@ class Roster:
             log.info("%s left (%s)", instance.record.name, incarnation)
             self.index.remove_worker(incarnation)
             self._count_workers()
-            self._tell()
+            self.tell()
 
     def lost(self, incarnation: Incarnation) -> None:
         """The request path found the worker gone: place nothing there, unless it reports again."""
@@ -146,7 +146,7 @@ class Roster:
         if instance is not None and instance.lost_at is None:
             log.warning("%s is lost (%s)", instance.record.name, incarnation)
             instance.lost_at = self.clock()
-            self._tell()
+            self.tell()
 
     def take_report(self, report: LoadReport) -> None:
         """A worker's load; its `kv_seq` shows when its last KV event batches were lost."""
@@ -166,7 +166,7 @@ class Roster:
         if before is not None and before.kv_seq > self.index.seq(report.worker) and not instance.waiting:
             self._gap(instance)
         metrics.INDEX_BLOCKS.set(self.index.blocks)
-        self._tell()
+        self.tell()
 
     def take_batch(self, batch: KvEventBatch) -> None:
         """KV events of one engine step."""
@@ -178,7 +178,7 @@ class Roster:
         elif not self.index.apply(batch):
             instance.buffer.append(batch)
             self._gap(instance)
-        self._tell()
+        self.tell()
 
     def take_snapshot(self, snapshot: KvSnapshot) -> bool:
         """All blocks of a worker. False when batches after it are missing, and another one is needed."""
@@ -194,10 +194,11 @@ class Roster:
             instance.buffer.popleft()
         instance.waiting = False
         instance.recent.clear()
-        self._tell()
+        self.tell()
         return True
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """Something has changed that somebody may wait for in `until`."""
         for change in self._watching:
             change.set()
 

@@ -61,7 +61,7 @@ def test_the_command_line_explains_a_request_by_the_id_of_its_reply(http: httpx.
         assert column in shown.stdout
     (told,) = json.loads(explain(deployment, answer.json()["id"], "--json").stdout)
     assert told["request_id"] == answer.headers["x-request-id"]
-    assert [one["name"] for one in told["candidates"]][0] == told["worker"]
+    assert told["candidates"][0]["name"] == told["worker"]
 
 
 def test_a_request_that_no_frontend_remembers_is_an_error_that_says_so(deployment: Deployment) -> None:

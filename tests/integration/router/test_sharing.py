@@ -50,11 +50,15 @@ async def frontend(nats: NatsAddress) -> AsyncIterator[Frontend]:
         yield Frontend(workers, router)
 
 
-async def until(holds: Callable[[], bool], timeout_s: float = DEADLINE_S) -> None:
-    """What changes it comes by NATS, and is not announced."""
-    async with asyncio.timeout(timeout_s):
-        while not holds():
-            await asyncio.sleep(0)
+async def until(frontend: Frontend, holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        await frontend.roster.until(holds)
+
+
+async def met(*frontends: Frontend) -> None:
+    """Each has heard of another one."""
+    for each in frontends:
+        await until(each, lambda each=each: each.router.bookings.routers == 1)  # type: ignore[misc]
 
 
 @pytest.fixture
@@ -64,29 +68,29 @@ def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_a_request_that_one_places_is_load_for_the_other_within_milliseconds(nats: NatsAddress) -> None:
     async with frontend(nats) as here, frontend(nats) as there:
-        await until(lambda: here.router.bookings.routers == there.router.bookings.routers == 1)
+        await met(here, there)
         with ExitStack() as requests:
             took = []
             for count in range(1, 11):
                 begun = time.perf_counter()
                 requests.enter_context(here.router.place(PROMPT).booked())
-                await until(lambda count=count: sum(there.sequences()) == count)  # type: ignore[misc]
+                await until(there, lambda count=count: sum(there.sequences()) == count)  # type: ignore[misc]
                 took.append(time.perf_counter() - begun)
             assert sorted(took)[5] < 0.05, took
             assert there.sequences() == here.sequences() == [5, 5]
             one_more = here.router.place(PROMPT)
             requests.enter_context(one_more.booked())
-            await until(lambda: sum(there.sequences()) == 11)
+            await until(there, lambda: sum(there.sequences()) == 11)
             assert there.router.place(PROMPT).decode != one_more.decode
-        await until(lambda: there.sequences() == [0, 0])
+        await until(there, lambda: there.sequences() == [0, 0])
 
 
 async def test_a_frontend_that_comes_later_hears_of_what_is_open(nats: NatsAddress, brisk: None) -> None:
     async with frontend(nats) as here:
         with here.router.place(PROMPT).booked():
             async with frontend(nats) as there:
-                await until(lambda: sum(there.sequences()) == 1)
-            await until(lambda: here.router.bookings.routers == 0 or here.router.bookings.others == 0)
+                await until(there, lambda: sum(there.sequences()) == 1)
+            await until(here, lambda: sum(here.sequences()) == 1 and here.router.bookings.others == 0)
 
 
 async def test_the_bookings_of_a_frontend_that_ends_or_dies_end_with_it(nats: NatsAddress, brisk: None) -> None:
@@ -95,32 +99,32 @@ async def test_the_bookings_of_a_frontend_that_ends_or_dies_end_with_it(nats: Na
         here.roster.clock = lambda: now
         async with frontend(nats) as there:
             with there.router.place(PROMPT).booked():
-                await until(lambda: sum(here.sequences()) == 1)
+                await until(here, lambda: sum(here.sequences()) == 1)
             told = there.router.bookings.statement()
-        await until(lambda: sum(here.sequences()) == 0)
+        await until(here, lambda: sum(here.sequences()) == 0)
         async with Bus.connect(nats, "one that dies") as bus:
             one = there.router.place(PROMPT)
             with one.booked():
                 told = there.router.bookings.statement()
             await bus.publish(SUBJECTS.bookings("dead"), encode(told))
-        await until(lambda: sum(here.sequences()) == 1)
+        await until(here, lambda: sum(here.sequences()) == 1)
         now += SILENCE_S + 0.1
-        await until(lambda: sum(here.sequences()) == 0)
+        await until(here, lambda: sum(here.sequences()) == 0)
 
 
 async def test_after_nats_was_away_both_count_the_same_again(
     nats: NatsAddress, nats_server: EmbeddedServer[NatsAddress], brisk: None
 ) -> None:
     async with frontend(nats) as here, frontend(nats) as there:
-        await until(lambda: here.router.bookings.routers == there.router.bookings.routers == 1)
+        await met(here, there)
         with ExitStack() as requests:
             requests.enter_context(here.router.place(PROMPT).booked())
-            await until(lambda: sum(there.sequences()) == 1)
+            await until(there, lambda: sum(there.sequences()) == 1)
             await nats_server.stop()
             requests.enter_context(here.router.place(PROMPT).booked())
             await nats_server.restart()
-            await until(lambda: there.sequences() == here.sequences() == [1, 1])
-        await until(lambda: there.sequences() == [0, 0])
+            await until(there, lambda: there.sequences() == here.sequences() == [1, 1])
+        await until(there, lambda: there.sequences() == [0, 0])
 
 
 async def test_a_message_nobody_can_read_is_dropped(nats: NatsAddress, brisk: None) -> None:
@@ -128,4 +132,4 @@ async def test_a_message_nobody_can_read_is_dropped(nats: NatsAddress, brisk: No
         await bus.publish(SUBJECTS.bookings("stranger"), b"\x63 from another version")
         await bus.publish(SUBJECTS.bookings("another"), encode(Bookings(there.router.bookings.id, 0)))
         with there.router.place(PROMPT).booked():
-            await until(lambda: sum(here.sequences()) == 1)
+            await until(here, lambda: sum(here.sequences()) == 1)

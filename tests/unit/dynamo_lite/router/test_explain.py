@@ -41,7 +41,10 @@ def considered(*pairs: tuple[Worker, Prompt], chosen: int = 0, mode: RouterMode 
             considered((A, NONE), pulled=304),
             "no prefix of 20 blocks on decode-0, the rest pulled; 2.9 ms (prefill 1.6, transfer 1.3)",
         ),
-        (considered((A, NONE), (B, NONE), mode="least_loaded"), "least loaded: decode-0; 32 ms (prefill 32), decode-1 32 ms"),
+        (
+            considered((A, NONE), (B, NONE), mode="least_loaded"),
+            "least loaded: decode-0; 32 ms (prefill 32), decode-1 32 ms",
+        ),
         (considered((A, LONG), (B, NONE), chosen=1, mode="round_robin"), "round robin over 2: decode-1"),
         (considered((A, LONG), (B, NONE), mode="random"), "random over 2: decode-0"),
     ],

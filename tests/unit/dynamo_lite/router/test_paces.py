@@ -12,10 +12,12 @@ from dynamo_lite.router.paces import ANSWER_TOKENS, pace
 from kvbm.events import Tier
 
 lines = st.none() | st.tuples(st.floats(0, 100), st.floats(0, 100))
+onboarding = st.dictionaries(
+    st.sampled_from((Tier.HOST, Tier.DISK, Tier.OBJECT)), st.tuples(st.floats(0, 9), st.floats(0, 9))
+)
 rates = st.builds(
-    Rates, prefill=lines, step=lines, pull=lines, answer_tokens=st.none() | st.floats(1, 1000),
-    onboard=st.dictionaries(st.sampled_from((Tier.HOST, Tier.DISK, Tier.OBJECT)), st.tuples(st.floats(0, 9), st.floats(0, 9))),
-)  # fmt: skip
+    Rates, prefill=lines, step=lines, pull=lines, answer_tokens=st.none() | st.floats(1, 1000), onboard=onboarding
+)
 
 
 def test_before_anything_is_measured_computing_is_dearest_and_farther_tiers_are_dearer_than_nearer_ones() -> None:
