@@ -17,7 +17,7 @@ from typing import NamedTuple
 from dynamo_lite.plane.wire import Line
 from kvbm.events import Tier
 
-WORK = 20.0  # so many milliseconds of one request's waiting are worth one of a worker's computing
+WORK = 30.0  # so many milliseconds of one request's waiting are worth one of a worker's computing
 INTERRUPTED = 0.05  # a stream that stands still for 1 ms counts as so much of waiting for a first token
 RELUCTANCE = (
     0.67  # a prompt that a prefill worker could compute is computed at once with decoding if it costs this part
@@ -65,6 +65,7 @@ class Worker:
     max_sequences: int = 64
     used: float = 0.0  # tokens' worth of its KV that running requests use
     capacity: float = math.inf  # in tokens
+    crowding: float = 1.0  # above 1: was given more KV lately than others, so that what is there is forgotten sooner
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,7 @@ def predict(
     pace = worker.pace
     missing, others = prompt.tokens - prompt.held, worker.sequences
     queue = waiting(worker, prompt.tokens)
-    work, late = WORK * usual.token_ms, _late(queue, usual, policy)
+    work, late = WORK * usual.token_ms * (1 + worker.crowding) / 2, _late(queue, usual, policy)
     onboard = _onboard(pace, prompt.beneath) if prompt.beneath else 0.0
     decode = pace.answer_tokens * pace.step[1] * others * (1 + INTERRUPTED)
     computing = line(pace.prefill, missing)

@@ -13,10 +13,11 @@ from statistics import median
 from dynamo_lite.plane.wire import Fingerprint, Incarnation, InstanceRecord, LoadReport, Rates, Role
 from dynamo_lite.router import metrics
 from dynamo_lite.router.cost import Pace
+from dynamo_lite.router.inflow import Inflow, Inflows
 from dynamo_lite.router.load import WorkerLoad
 from dynamo_lite.router.paces import pace
 from dynamo_lite.router.recent import Recent
-from kvbm.events import KvEventBatch, KvSnapshot
+from kvbm.events import BlocksStored, KvEventBatch, KvSnapshot, Tier
 from kvbm.index import PrefixIndex
 
 REVIVE_AFTER_S = 0.5  # a report this long after a worker was called lost was not under way at that time
@@ -34,6 +35,7 @@ class Instance:
 
     record: InstanceRecord
     load: WorkerLoad
+    inflow: Inflow
     number: int  # of its own
     kind: int  # equal for workers of one fingerprint
     block_size: int  # tokens
@@ -60,6 +62,7 @@ class Roster:
         self._kinds: dict[Fingerprint, int] = {}
         self._problems: dict[tuple[int, int], str | None] = {}
         self.token_ms = 0.0  # of computing a prompt, on a worker as most are
+        self.inflows = Inflows()
         self._joined = 0  # workers, so far
         self._paces_at: float | None = None  # when they were worked out; None: they have to be now
         self._rates_changed = False
@@ -123,7 +126,13 @@ class Roster:
         kind = self._kinds.setdefault(record.fingerprint, len(self._kinds))
         self._joined += 1
         instance = self._instances[record.incarnation] = Instance(
-            record, WorkerLoad(self.clock), self._joined, kind, record.fingerprint.block_size, pace(NOTHING, ())
+            record,
+            WorkerLoad(self.clock),
+            Inflow(record.kv_blocks),
+            self._joined,
+            kind,
+            record.fingerprint.block_size,
+            pace(NOTHING, ()),
         )
         self._paces_at = None
         log.info("%s joined (%s)", record.name, record.incarnation)
@@ -178,7 +187,14 @@ class Roster:
         elif not self.index.apply(batch):
             instance.buffer.append(batch)
             self._gap(instance)
+        self._note_stored(instance, batch)
         self.tell()
+
+    def _note_stored(self, instance: Instance, batch: KvEventBatch) -> None:
+        for event in batch.events:
+            if isinstance(event, BlocksStored) and event.tier is Tier.DEVICE:
+                everyone = [each.inflow for each in self._instances.values()]
+                self.inflows.store(instance.inflow, len(event.hashes), everyone)
 
     def take_snapshot(self, snapshot: KvSnapshot) -> bool:
         """All blocks of a worker. False when batches after it are missing, and another one is needed."""

@@ -185,7 +185,8 @@ class Router:
     ) -> Considered:
         blind = self._weights.mode == "least_loaded"
         prompts = [_prompt(each, tokens, overlaps) for each in decoding]
-        workers = list(map(_worker, decoding))
+        crowding = self._roster.inflows.crowding([each.inflow for each in decoding])
+        workers = list(map(_worker, decoding, crowding))
         usual = Usual(min([waiting(worker, tokens) for worker in workers]), self._roster.token_ms)
         pulls = self._pulls(decoding, able, overlaps)
         predictions = []
@@ -270,7 +271,7 @@ def _prompt(instance: Instance, tokens: int, overlaps: dict[str, Overlap]) -> Pr
     return Prompt(tokens, size, overlap.blocks * size, beneath)
 
 
-def _worker(instance: Instance) -> Worker:
+def _worker(instance: Instance, crowded: float = 1.0) -> Worker:
     load, record, size = instance.load, instance.record, instance.block_size
     return Worker(
         record.name,
@@ -280,4 +281,5 @@ def _worker(instance: Instance) -> Worker:
         record.max_num_seqs,
         load.used_blocks * size,
         record.kv_blocks * size,
+        crowded,
     )

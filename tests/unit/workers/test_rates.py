@@ -21,7 +21,7 @@ def test_steps_of_one_size_say_nothing_of_how_the_size_matters() -> None:
     steps = Steps()
     for _ in range(10):
         steps.took(8, 0.01)
-    assert steps.fit == (pytest.approx(0.01), 0.0)
+    assert steps.fit == pytest.approx((0.01, 0.0))
 
 
 def test_larger_batches_that_happened_to_be_faster_are_noise() -> None:

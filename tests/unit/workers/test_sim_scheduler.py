@@ -351,3 +351,15 @@ def test_a_stop_token_ends_a_sequence_in_the_middle_of_steps_at_once() -> None:
     assert batch.text("stopped") == batch.text("free")[: batch.text("free").index(stop) + 1]
     assert batch.outputs["stopped"][-1].stop_token == stop
     assert batch.pool.pinned == 0
+
+
+def test_queued_tokens_are_those_of_prompts_that_are_neither_cached_nor_computed() -> None:
+    batch = Batch(budget=16)
+    batch.add("first", list(range(10, 42)))
+    assert batch.scheduler.queued_tokens == 32
+    batch.step()
+    assert batch.scheduler.queued_tokens == 16
+    batch.add("second", list(range(10, 26)) + list(range(60, 72)))
+    assert batch.scheduler.queued_tokens == 16 + 12, "of the second, 16 are cached by now"
+    batch.run()
+    assert batch.scheduler.queued_tokens == 0

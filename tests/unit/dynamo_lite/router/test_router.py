@@ -24,6 +24,7 @@ RATES = Rates(prefill=(4.0, 1.0))
 
 def test_a_request_goes_to_the_worker_that_holds_its_prefix_and_says_so() -> None:
     workers = roster(D[0], D[1])
+    store(workers, D[0], block_hashes(PROMPT[16:208], 16))  # of no use
     store(workers, D[1], block_hashes(PROMPT[:192], 16))
     for each in D[:2]:
         workers.take_report(report(each, 1, queued_tokens=10, rates=RATES))
@@ -31,11 +32,11 @@ def test_a_request_goes_to_the_worker_that_holds_its_prefix_and_says_so() -> Non
     assert placement.decode == D[1]
     assert (placement.overlap_blocks, placement.prompt_blocks) == (12, 20)
     assert placement.reason == (
-        "prefix 12/20 blocks on decode-1; 2706 ms (queue 14, prefill 132, work 2560), decode-0 6738 ms"
+        "prefix 12/20 blocks on decode-1; 3986 ms (queue 14, prefill 132, work 3840), decode-0 9938 ms"
     )
-    assert placement.scores == pytest.approx({"decode-0": 6738, "decode-1": 2706}, rel=0.01)
+    assert placement.scores == pytest.approx({"decode-0": 9938, "decode-1": 3986}, rel=0.01)
     assert placement.parts == pytest.approx(
-        {"queue": 14, "prefill": 132, "transfer": 0, "onboard": 0, "decode": 0, "work": 2560, "late": 0}, rel=0.05
+        {"queue": 14, "prefill": 132, "transfer": 0, "onboard": 0, "decode": 0, "work": 3840, "late": 0}, rel=0.05
     )
 
 
@@ -215,7 +216,7 @@ def test_a_prompt_shorter_than_a_block_is_placed(length: int) -> None:
 def test_of_two_workers_with_the_prefix_the_one_that_has_it_on_its_device_is_chosen() -> None:
     workers = roster(D[0], D[1])
     hashes = block_hashes(PROMPT[:192], 16)
-    store(workers, D[0], hashes[:4])
+    store(workers, D[0], [*hashes[:4], *range(8)])
     store(workers, D[0], hashes, Tier.HOST)
     store(workers, D[1], hashes)
     placement = Router(workers, Weights()).place(PROMPT)
