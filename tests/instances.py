@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import msgspec
 
 from dynamo_lite.plane.layout import KvLayout
@@ -28,9 +31,9 @@ def record(name: str, role: Role = Role.DECODE, **layout: object) -> InstanceRec
     )
 
 
-def roster(*records: InstanceRecord) -> Roster:
+def roster(*records: InstanceRecord, clock: Callable[[], float] = time.monotonic) -> Roster:
     """A roster whose workers answered with an empty snapshot each."""
-    workers = Roster(lambda instance: None)
+    workers = Roster(lambda instance: None, clock)
     for each in records:
         workers.join(each)
         workers.take_snapshot(KvSnapshot(each.incarnation, 0, {}))

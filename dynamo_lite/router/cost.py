@@ -38,8 +38,9 @@ class Parts(NamedTuple):
     late: float = 0.0  # the part of the queue that is beyond all patience, likewise
 
     @property
-    def total(self) -> float:
-        return sum(self)
+    def wait(self) -> float:
+        """Until the first token."""
+        return self.queue + self.prefill + self.transfer + self.onboard
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +149,11 @@ def predict(
 
     `remote`: the best prefill worker for it. `pulled`: tokens, more than are held here, that another worker has.
     """
-    pace = worker.pace
-    missing, others = prompt.tokens - prompt.held, worker.sequences
+    pace, others = worker.pace, worker.sequences
+    missing = prompt.tokens - prompt.held
     queue = waiting(worker, prompt.tokens)
-    work, late = WORK * usual.token_ms * (1 + worker.crowding) / 2, _late(queue, usual, policy)
+    work = WORK * usual.token_ms * (1 + worker.crowding) / 2
+    late = _late(queue, usual, policy) if queue > policy.patience_ms else 0.0
     onboard = _onboard(pace, prompt.beneath) if prompt.beneath else 0.0
     decode = pace.answer_tokens * pace.step[1] * others * (1 + INTERRUPTED)
     computing = line(pace.prefill, missing)

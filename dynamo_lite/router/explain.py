@@ -33,17 +33,17 @@ class Considered:
         )  # fmt: skip
 
     def reason(self) -> str:
-        """One sentence: "prefix 12/20 blocks on decode-0; 14 ms (queue 2, prefill 12), next decode-1 with 31 ms"."""
+        """One sentence: "prefix 12/20 blocks on d0; first token in 14 ms (queue 2, prefill 12); cost 374, d1 931"."""
         workers, chosen = self.workers, self.chosen
         name, prediction = workers[chosen].name, self.predictions[chosen]
         match self.mode:
             case "round_robin" | "random":
                 return f"{self.mode.replace('_', ' ')} over {len(workers)}: {name}"
             case "least_loaded":
-                return f"least loaded: {name}; {_parts(prediction)}{self._next()}"
+                return f"least loaded: {name}; {_waits(prediction)}; {self._costs()}"
             case "kv":
                 way = "" if prediction.way == HERE else f", {_way(prediction.way)}"
-                return f"{self._prefix()}{way}; {_parts(prediction)}{self._next()}"
+                return f"{self._prefix()}{way}; {_waits(prediction)}; {self._costs()}"
 
     def _prefix(self) -> str:
         prompt, name = self.prompts[self.chosen], self.workers[self.chosen].name
@@ -60,26 +60,31 @@ class Considered:
             sentence += f", though {self.workers[longest].name} has {more.held // more.block_size}"
         return sentence
 
-    def _next(self) -> str:
+    def _costs(self) -> str:
+        """Of the chosen worker, and of the cheapest other one."""
+        own = f"cost {_number(self.predictions[self.chosen].total)}"
         others = [position for position in range(len(self.workers)) if position != self.chosen]
         if not others:
-            return ""
+            return own
         best = min(others, key=lambda position: self.predictions[position].total)
-        return f", {self.workers[best].name} {_ms(self.predictions[best].total)}"
+        return f"{own}, {self.workers[best].name} {_number(self.predictions[best].total)}"
 
 
-def _parts(prediction: Prediction) -> str:
-    """ "14 ms (queue 2, prefill 12)"."""
-    shown = [f"{name} {_number(ms)}" for name, ms in prediction.parts._asdict().items() if ms >= 0.05]
-    return _ms(prediction.total) + (f" ({', '.join(shown)})" if len(shown) > 1 else f" ({shown[0]})" if shown else "")
+def _waits(prediction: Prediction) -> str:
+    """ "first token in 14 ms (queue 2, prefill 12)"."""
+    parts = prediction.parts
+    named = (
+        ("queue", parts.queue),
+        ("prefill", parts.prefill),
+        ("transfer", parts.transfer),
+        ("onboard", parts.onboard),
+    )
+    shown = ", ".join(f"{name} {_number(ms)}" for name, ms in named if ms >= 0.05)
+    return f"first token in {_number(parts.wait)} ms" + (f" ({shown})" if shown else "")
 
 
 def _way(way: str) -> str:
     return "the rest pulled" if way == PULL else f"computed by {way}"
-
-
-def _ms(value: float) -> str:
-    return f"{_number(value)} ms"
 
 
 def _number(value: float) -> str:

@@ -81,7 +81,7 @@ class Roster:
 
     def usable(self, roles: Collection[Role]) -> list[Instance]:
         """Workers of these roles that may be given work, in the order they came."""
-        return [each for each in self._instances.values() if each.record.role in roles and each.usable]
+        return [each for each in self._instances.values() if each.usable and each.record.role in roles]
 
     def fits(self, decode: Instance, sender: Instance) -> bool:
         """Whether one can push KV to the other."""

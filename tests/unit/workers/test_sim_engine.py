@@ -388,8 +388,8 @@ async def test_what_is_measured_and_queued_is_part_of_the_load(engine: MakeEngin
     assert one.load().rates.prefill is None
     await generate(one, PROMPT, greedy(6))
     rates = one.load().rates
-    assert rates.prefill == (pytest.approx(0.0), pytest.approx(0.1))
-    assert rates.step == (pytest.approx(2.0), pytest.approx(0.0))
+    assert rates.prefill == pytest.approx((0.0, 0.1), abs=1e-9)
+    assert rates.step == pytest.approx((2.0, 0.0), abs=1e-9)
     assert rates.answer_tokens == 6
     tasks = [asyncio.create_task(generate(one, [20 + number, *PROMPT])) for number in range(3)]
     await asyncio.sleep(0)

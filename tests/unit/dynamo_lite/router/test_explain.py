@@ -24,40 +24,60 @@ def considered(*pairs: tuple[Worker, Prompt], chosen: int = 0, mode: RouterMode 
     return Considered(mode, workers, prompts, predictions, chosen)
 
 
+BEHIND = replace(B, queued_tokens=5.0)
+TIERED = Prompt(140, 16, 112, ((Tier.HOST, 32), (Tier.DISK, 16)))
+
+
 @pytest.mark.parametrize(
-    ("one", "sentence"),
+    ("one", "placed", "predicted"),
     [
-        (considered((A, LONG), (B, NONE)), "prefix 12/20 blocks on decode-0; 13 ms (prefill 13), decode-1 32 ms"),
-        (considered((A, LONG)), "prefix 12/20 blocks on decode-0; 13 ms (prefill 13)"),
         (
-            considered((A, LONG), (replace(B, queued_tokens=5.0), NONE), chosen=1),
-            "no prefix of 20 blocks on decode-1, though decode-0 has 12; 32 ms (queue 0.5, prefill 32), decode-0 13 ms",
+            considered((A, LONG), (B, NONE)),
+            "prefix 12/20 blocks on decode-0",
+            "first token in 13 ms (prefill 13); cost 13, decode-1 32",
         ),
         (
-            considered((A, Prompt(140, 16, 112, ((Tier.HOST, 32), (Tier.DISK, 16))))),
-            "prefix 7/9 blocks (2 in host memory, 1 on disk) on decode-0; 3.4 ms (prefill 2.8, onboard 0.6)",
+            considered((A, LONG)),
+            "prefix 12/20 blocks on decode-0",
+            "first token in 13 ms (prefill 13); cost 13",
+        ),
+        (
+            considered((A, LONG), (BEHIND, NONE), chosen=1),
+            "no prefix of 20 blocks on decode-1, though decode-0 has 12",
+            "first token in 32 ms (queue 0.5, prefill 32); cost 32, decode-0 13",
+        ),
+        (
+            considered((A, TIERED)),
+            "prefix 7/9 blocks (2 in host memory, 1 on disk) on decode-0",
+            "first token in 3.4 ms (prefill 2.8, onboard 0.6); cost 3.4",
         ),
         (
             considered((A, NONE), pulled=304),
-            "no prefix of 20 blocks on decode-0, the rest pulled; 2.9 ms (prefill 1.6, transfer 1.3)",
+            "no prefix of 20 blocks on decode-0, the rest pulled",
+            "first token in 2.9 ms (prefill 1.6, transfer 1.3); cost 2.9",
         ),
         (
             considered((A, NONE), (B, NONE), mode="least_loaded"),
-            "least loaded: decode-0; 32 ms (prefill 32), decode-1 32 ms",
+            "least loaded: decode-0",
+            "first token in 32 ms (prefill 32); cost 32, decode-1 32",
         ),
-        (considered((A, LONG), (B, NONE), chosen=1, mode="round_robin"), "round robin over 2: decode-1"),
-        (considered((A, LONG), (B, NONE), mode="random"), "random over 2: decode-0"),
     ],
-)  # fmt: skip
-def test_the_reason_is_a_sentence(one: Considered, sentence: str) -> None:
-    assert one.reason() == sentence
+)
+def test_the_reason_is_a_sentence(one: Considered, placed: str, predicted: str) -> None:
+    assert one.reason() == f"{placed}; {predicted}"
+
+
+def test_a_choice_without_a_cost_says_so() -> None:
+    assert considered((A, LONG), (B, NONE), chosen=1, mode="round_robin").reason() == "round robin over 2: decode-1"
+    assert considered((A, LONG), (B, NONE), mode="random").reason() == "random over 2: decode-0"
 
 
 def test_a_prefill_worker_is_named() -> None:
     remote = prefill(P, NONE, USUAL)
     predictions = [predict(A, NONE, USUAL, remote)]
-    reason = Considered("kv", [A], [NONE], predictions, 0).reason()
-    assert reason.startswith("no prefix of 20 blocks on decode-0, computed by prefill-0; 35 ms")
+    placed, predicted, _ = Considered("kv", [A], [NONE], predictions, 0).reason().split("; ")
+    assert placed == "no prefix of 20 blocks on decode-0, computed by prefill-0"
+    assert predicted == "first token in 35 ms (prefill 32, transfer 3.0)"
 
 
 def test_candidates_are_told_with_their_parts_the_cheapest_first() -> None:

@@ -23,7 +23,7 @@ RATES = Rates(prefill=(4.0, 1.0))
 
 
 def test_a_request_goes_to_the_worker_that_holds_its_prefix_and_says_so() -> None:
-    workers = roster(D[0], D[1])
+    workers = roster(D[0], D[1], clock=lambda: 100.0)
     store(workers, D[0], block_hashes(PROMPT[16:208], 16))  # of no use
     store(workers, D[1], block_hashes(PROMPT[:192], 16))
     for each in D[:2]:
@@ -32,7 +32,7 @@ def test_a_request_goes_to_the_worker_that_holds_its_prefix_and_says_so() -> Non
     assert placement.decode == D[1]
     assert (placement.overlap_blocks, placement.prompt_blocks) == (12, 20)
     assert placement.reason == (
-        "prefix 12/20 blocks on decode-1; 3986 ms (queue 14, prefill 132, work 3840), decode-0 9938 ms"
+        "prefix 12/20 blocks on decode-1; first token in 146 ms (queue 14, prefill 132); cost 3986, decode-0 9938"
     )
     assert placement.scores == pytest.approx({"decode-0": 9938, "decode-1": 3986}, rel=0.01)
     assert placement.parts == pytest.approx(
