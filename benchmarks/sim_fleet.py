@@ -109,7 +109,7 @@ class SimFleet:
     """Aggregated workers behind one router."""
 
     def __init__(self, workers: Sequence[Worker], roster: Roster, config: Config) -> None:
-        self.workers, self._router = workers, Router(roster, config.router)
+        self.workers, self._router = workers, Router(roster, config.router, seed=0)
         self._number = {worker.record.incarnation: number for number, worker in enumerate(workers)}
 
     @classmethod

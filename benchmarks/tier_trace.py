@@ -80,7 +80,7 @@ class Run:
         return f"{self.tiers}, {self.device_blocks:,} blocks: {self.hit_rate:.1%}, simulated in {self.cpu_s:.0f} s"
 
 
-def config_of(tiers: str, device_blocks: int) -> Config:
+def config_of(tiers: str, device_blocks: int, mode: str = "kv") -> Config:
     stride = stride_bytes(BLOCK_BYTES)
     blocks = TIERS[tiers]
     kv_tiers: dict[str, object] = {}
@@ -97,16 +97,19 @@ def config_of(tiers: str, device_blocks: int) -> Config:
             "max_model_len": min(131_072, device_blocks * BLOCK),
             "workers": {"both": {"count": WORKERS, "max_num_seqs": 256}},
             "kv_tiers": kv_tiers,
+            "router": {"mode": mode},
             "sim": PACES | {"block_size": BLOCK, "kv_blocks": device_blocks},
         }
     )
 
 
-def replay(requests: Sequence[Request], model: Path, tiers: str, device_blocks: int, speed: float) -> Run:
-    """One run, in virtual time."""
+def replay(
+    requests: Sequence[Request], model: Path, tiers: str, device_blocks: int, speed: float, mode: str = "kv"
+) -> Run:
+    """One run, in virtual time. `mode`: the router's."""
 
     async def main() -> tuple[list[Answer], list[EngineLoad]]:
-        async with SimFleet.open(config_of(tiers, device_blocks), model) as fleet:
+        async with SimFleet.open(config_of(tiers, device_blocks, mode), model) as fleet:
             answers = await fleet.replay(requests, speed)
             return answers, [worker.engine.load() for worker in fleet.workers]
 
