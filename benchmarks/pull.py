@@ -102,7 +102,7 @@ class Pulls:
 def configuration(folder: Path) -> Path:
     content = yaml.safe_load((ROOT / "configs" / "aggregated.yaml").read_text(encoding="utf-8"))
     content["workers"]["both"]["count"] = 2
-    content["router"] = {"overlap_weight": 0}
+    content["router"] = {"mode": "round_robin"}
     file = folder / "pair.yaml"
     file.write_text(yaml.safe_dump(content), encoding="utf-8")
     return file

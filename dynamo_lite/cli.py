@@ -28,6 +28,8 @@ Change one key:  dynamo-lite serve configs/quickstart.yaml --set workers.decode.
 Look at the KV blocks of what runs:  dynamo-lite kv stats
 
 What would it do under a load?  dynamo-lite simulate --help
+
+Why did a request go where it went?  dynamo-lite explain REQUEST_ID
 """
 
 app = typer.Typer(
@@ -77,6 +79,34 @@ def check(file: File, set_: Overrides = None) -> None:
 
     with told_errors():
         typer.echo(describe(_plan(file, set_ or [])), nl=False)
+
+
+@app.command()
+def explain(
+    request_id: Annotated[str, typer.Argument(metavar="REQUEST_ID", help="Of the reply's header x-request-id.")],
+    file: kv_cli.File = None,
+    json: kv_cli.Json = False,
+    set_: Overrides = None,
+) -> None:
+    """Tell why a request went where it went.
+
+    \b
+    queue     waiting for prompts, and for room, that others have before it
+    prefill   computing what of the prompt no worker has
+    transfer  moving what another worker has, or computes
+    onboard   reading what lies in tiers
+    decode    its answer in a batch rather than alone, and what its prompt takes from others there
+    work      computing, which weighs more than waiting: others lose it
+    late      queueing beyond router.patience_ms, likewise
+    held      tokens of the prompt that the worker has, in any tier
+
+    All are predicted milliseconds, from what the workers have measured lately. Frontends remember their last 1,000
+    placements. A client gets the same in a header of its reply if its request has a header x-dynamo-lite-route.
+    """
+    from dynamo_lite.explain import explain as tell  # noqa: PLC0415
+
+    with told_errors():
+        asyncio.run(tell(kv_cli.deployment(file, set_), request_id, json))
 
 
 SEVERAL = """

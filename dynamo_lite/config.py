@@ -183,25 +183,27 @@ class Frontend(Model):
     chat_template: Path | None = None  # a Jinja file that replaces the model's own
 
 
-Part = Annotated[float, Field(ge=0, le=1)]
-
-
-class TierWeights(Model):
-    """What a block costs that is in a tier beneath the device, as part of one that has to be computed."""
-
-    host: Part = 0.05
-    disk: Part = 0.15
-    object: Part = 1.0  # every worker has these alike, so they are no reason to choose one
+RouterMode = Literal["kv", "least_loaded", "round_robin", "random"]
+_WEIGHTS = ("overlap_weight", "load_weight", "tier_weights")
 
 
 class Router(Model):
-    """Where requests go. A worker costs overlap_weight × blocks it misses + load_weight × blocks it is busy with."""
+    """Where requests go: to the worker with the lowest predicted cost, in milliseconds."""
 
-    mode: Literal["kv", "round_robin", "least_loaded"] = "kv"
-    overlap_weight: Annotated[float, Field(ge=0)] = 1.0
-    load_weight: Annotated[float, Field(ge=0)] = 1.0
-    tier_weights: TierWeights = TierWeights()
+    mode: RouterMode = "kv"
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    patience_ms: Annotated[float, Field(ge=0)] = 3000.0
+    remote_prefill: Literal["auto", "always"] = "auto"
     prefill_candidates: Annotated[int, Field(ge=1, le=16)] = 3
+    self_test: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_weights(cls, given: object) -> object:
+        for name in _WEIGHTS:
+            if isinstance(given, dict) and name in given:
+                raise ValueError(f"'{name}' is no more: costs are milliseconds now, learnt from the workers. Remove it")
+        return given
 
 
 class TraceExport(Model):

@@ -147,6 +147,11 @@ class BlockManager:
             found.append(block)
         return found
 
+    def used(self, hashes: Sequence[FullHash]) -> None:
+        """A request's prefix consists of these, wherever it finds them: the device forgets later what it uses, and what
+        it has forgotten is to be here still."""
+        self._host.touch(hashes)
+
     def pin(self, owner: str, blocks: Sequence[Stored]) -> None:
         """Keep them where they are until `unpin(owner)`."""
         self._pins.setdefault(owner, []).extend(blocks)

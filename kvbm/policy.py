@@ -73,7 +73,15 @@ class Line:
 
     def seconds_for(self, amount: float, before: float = 0.0) -> float | None:
         """For that amount, with another one `before` it. None where nothing of about that amount was measured yet."""
-        if not self.amount or amount > self.reach * self.largest:
+        if amount > self.reach * self.largest or (fitted := self.fit) is None:
+            return None
+        latency, rate = fitted
+        return latency + rate * (amount + before)
+
+    @property
+    def fit(self) -> tuple[float, float] | None:
+        """The latency, and seconds for each of the amount; None before anything was measured."""
+        if not self.amount:
             return None
         mean, mean_s = self.amount / self.weight, self.seconds / self.weight
         spread = self.squares / self.weight - mean * mean
@@ -83,7 +91,7 @@ class Line:
             # A latency below nothing, or bytes that cost nothing, are noise: the proportion is the better guess.
             if 0 < slope < rate:
                 rate, latency = slope, mean_s - slope * mean
-        return latency + rate * (amount + before)
+        return latency, rate
 
     def least_for(self, amount: float, before: float = 0.0) -> float:
         """The same, or less where that is not known: more takes no shorter than less."""
@@ -119,6 +127,22 @@ class OnboardCost:
         """That many tokens of a prompt were computed in that time."""
         if tokens >= _LEAST_TOKENS and seconds > 0:
             self._compute.add(tokens, seconds)
+
+    @property
+    def onboarding(self) -> dict[Tier, tuple[float, float]]:
+        """By tier what bringing blocks from there to the device takes: seconds, and seconds for each byte.
+
+        Tiers of which nothing was measured are left out.
+        """
+        found: dict[Tier, tuple[float, float]] = {}
+        copy = self._copy.fit
+        if copy is not None:
+            found[Tier.HOST] = copy
+        for tier, line in self._reads.items():
+            if (read := line.fit) is not None:
+                latency, rate = copy or (0.0, 0.0)
+                found[tier] = (read[0] + latency, read[1] + rate)
+        return found
 
     def forecast(self, parts: Sequence[Part], block_bytes: int, block_size: int) -> Forecast:
         """For a prefix whose parts, in its order, lie in these tiers: its leading parts are read, the rest computed.
@@ -234,6 +258,17 @@ class PullCost:
         """The first token came so long after a prefill worker was asked for that many of the prompt's."""
         if tokens >= _LEAST_TOKENS and seconds > 0:
             self._remote.add(tokens, seconds)
+
+    @property
+    def computing(self) -> tuple[float, float] | None:
+        """Seconds that computing a prompt here takes, and seconds for each token; None: not measured yet."""
+        return self._compute.fit
+
+    @property
+    def pulling(self) -> tuple[float, float] | None:
+        """Seconds that a pull takes, and seconds for each byte; None: not measured yet."""
+        latency, move = self._latency.fit, self._move.fit
+        return None if latency is None or move is None else (sum(latency) + move[0], move[1])
 
     def forecast(self, size: int, tokens: int, rest: int, *, remote: bool) -> PullForecast:
         """For `tokens` of a prompt, `size` bytes, that another worker holds, and the `rest` that nobody has.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import msgspec
 
 from dynamo_lite.plane.layout import KvLayout
@@ -28,9 +31,9 @@ def record(name: str, role: Role = Role.DECODE, **layout: object) -> InstanceRec
     )
 
 
-def roster(*records: InstanceRecord) -> Roster:
+def roster(*records: InstanceRecord, clock: Callable[[], float] = time.monotonic) -> Roster:
     """A roster whose workers answered with an empty snapshot each."""
-    workers = Roster(lambda instance: None)
+    workers = Roster(lambda instance: None, clock)
     for each in records:
         workers.join(each)
         workers.take_snapshot(KvSnapshot(each.incarnation, 0, {}))
@@ -42,7 +45,7 @@ def store(workers: Roster, worker: InstanceRecord, hashes: list[int], tier: Tier
     workers.take_batch(KvEventBatch(worker.incarnation, seq, (BlocksStored(tuple(hashes), tier=tier),)))
 
 
-def report(worker: InstanceRecord, seq: int = 1, *, used: int = 0, running: int = 0, **more: int) -> LoadReport:
+def report(worker: InstanceRecord, seq: int = 1, *, used: int = 0, running: int = 0, **more: object) -> LoadReport:
     return LoadReport(worker.incarnation, seq, running, more.pop("waiting", 0), used, 1000, **more)  # type: ignore[arg-type]
 
 

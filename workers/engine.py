@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from dynamo_lite.plane.kv_wire import KvAsk, KvTold
-from dynamo_lite.plane.wire import Fingerprint, PushTarget, RequestId, Sampling, TokenLogprob
+from dynamo_lite.plane.wire import Fingerprint, PushTarget, Rates, RequestId, Sampling, TokenLogprob
 from kvbm.events import KvEvent, Tier
 from kvbm.policy import PullCost
 
@@ -104,6 +104,7 @@ class Job:
     cache_salt: str | None = None
     remote: RemotePrefill | None = None
     trace_headers: dict[str, str] = field(default_factory=dict)
+    held_tokens: int = 0  # of the prompt, on this worker, as the router believes; for the load report alone
     alone: bool = True  # no other sequence waits for this one's KV, so a token may come before that is here
 
 
@@ -171,6 +172,8 @@ class EngineLoad:
     staged_bytes: int = 0  # registered memory in use by pieces and grants
     peers: dict[str, int] = field(default_factory=dict)  # workers KV may be exchanged with: "met", "meeting", "silent"
     tiers: tuple[TierLoad, ...] = ()
+    queued_tokens: int = 0  # of prompts, yet to be computed here
+    rates: Rates = field(default_factory=Rates)
 
 
 class Engine(Protocol):

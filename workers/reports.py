@@ -74,6 +74,8 @@ class Reports:
             self._kv_seq,
             self.prefills(),
             self.draining,
+            load.queued_tokens,
+            load.rates,
         )
 
     async def _publish(self, subject: str, data: bytes) -> None:

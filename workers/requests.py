@@ -249,7 +249,9 @@ class Requests:
             prompt = Prompt(job_id, request.token_ids, request.cache_salt, state.traceparent, state.deadline, sampling)
             remote = CandidatePrefill(self._plane, prompt, request.prefill, request.holder)
         trace = {"traceparent": state.traceparent} if state.traceparent else {}
-        return Job(job_id, request.token_ids, sampling, request.cache_salt, remote, trace, alone=request.n == 1)
+        return Job(
+            job_id, request.token_ids, sampling, request.cache_salt, remote, trace, request.held_tokens, request.n == 1
+        )  # fmt: skip
 
     def _pass_on(self, state: _Request, index: int, output: Output) -> None:
         cached = output.cached_tokens

@@ -26,6 +26,7 @@ from kvbm.policy import PullCost
 from kvbm.pool import BlockPool
 from workers.engine import EngineInfo, EngineLoad, Job, Output, Prefilled, PrefillJob, RemotePrefill, TransferReport
 from workers.metrics import SimMetrics
+from workers.rates import Speeds
 from workers.sim_pace import Pace
 from workers.sim_scheduler import Scheduler, Step
 from workers.sim_sequence import Sequence, TokenSequence
@@ -109,6 +110,7 @@ class SimEngine:
         )
         fingerprint = Fingerprint(config.model, config.revision or "", BACKEND, BACKEND, layout)
         self._layout = layout
+        self._speeds = Speeds(self.cost, self._block_size, layout.block_bytes)
         if config.kv_tiers.host is not None:
             self._open_tiers(layout)
         # The engine outlives every task group of the worker, as a real one (a process) does; close() ends it.
@@ -122,7 +124,7 @@ class SimEngine:
             raise StartError("sim engine", str(error)) from error
         self._scheduler.worth_reading, self._scheduler.completed = tiers.worth, tiers.completed
         tiers.open()
-        self._tiers = tiers
+        self._tiers, self._speeds.onboarding = tiers, tiers.cost
 
     async def close(self) -> None:
         if self._tiers is not None:
@@ -172,6 +174,8 @@ class SimEngine:
                     self._metrics.time_to_first_token.observe(now - arrived)
                     self._count_prompt(sequence, external)
                 last = now
+                if item.finish:
+                    self._speeds.answers.ended(sequence.generated)
                 yield item
                 if item.finish:
                     return
@@ -234,6 +238,8 @@ class SimEngine:
             self._pool.size,
             dict(self._holds),
             tiers=self._tiers.load() if self._tiers is not None else (),
+            queued_tokens=self._scheduler.queued_tokens,
+            rates=self._speeds.rates(),
         )
 
     async def kv_admin(self, ask: KvAsk) -> KvTold:
@@ -371,6 +377,8 @@ class SimEngine:
     async def _compute(self, step: Step) -> int:
         """Take the step's time; returns how many steps like it this was."""
         work = step.work
+        if not work.tokens:
+            self._speeds.steps.took(work.decodes, self._pace.times.once(work))
         if step.repeats > 1:
             return await self._pace.steps(work, step.repeats, self._work)
         seconds = self._pace.times.once(work)

@@ -67,6 +67,17 @@ class Scheduler:
     def waiting(self) -> int:
         return len(self._waiting) + len(self._fetched) + len(self._fetching)
 
+    @property
+    def queued_tokens(self) -> int:
+        """Of prompts, yet to be computed here, the last of each included; what comes from elsewhere is not."""
+        admitted = sum(one.length - one.computed for one in self._running if not one.generated)
+        fetched = sum(one.length - one.computed for one in self._fetched)
+        return admitted + fetched + sum(map(self._missing, self._waiting))
+
+    def _missing(self, sequence: Sequence) -> int:
+        cached = self.pool.match([low64(full) for full in sequence.hashes(self.block_size)])
+        return max(1, sequence.length - len(cached) * self.block_size)
+
     def add(self, sequence: Sequence) -> None:
         self._waiting.append(sequence)
 

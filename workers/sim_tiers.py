@@ -110,6 +110,7 @@ class SimTiers:
 
     def used(self, hashes: Sequence[FullHash]) -> None:
         """A request's prefix consists of these."""
+        self.manager.used(hashes)
         for storage in self.storages:
             storage.used(hashes)
 

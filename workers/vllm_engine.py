@@ -24,7 +24,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from dynamo_lite.config import ProcessSpec, WorkerGroup
 from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerError
 from dynamo_lite.plane.kv_wire import KvAsk, KvTold
-from dynamo_lite.plane.wire import Fingerprint, Incarnation, Role, Sampling
+from dynamo_lite.plane.wire import Fingerprint, Incarnation, Rates, Role, Sampling
 from dynamo_lite.tasks import background, scope
 from kvbm.errors import TierRefused
 from kvbm.events import KvEvent, Tier
@@ -56,11 +56,13 @@ from workers.connector.protocol import (
     SlotsWanted,
     new_transfer_id,
 )
-from workers.engine import EngineInfo, EngineLoad, Job, Output, Prefilled, PrefillJob, RemotePrefill
+from workers.engine import EngineInfo, EngineLoad, Job, Output, Prefilled, PrefillJob
 from workers.first_token import may_be_chosen_elsewhere, results_after
 from workers.kv_feed import KvFeed
 from workers.pulse import Pulse
 from workers.pushes import Pushes
+from workers.rank_reports import RankReports
+from workers.rates import Answers, Queue, Speeds
 from workers.receives import Receive, Receives
 from workers.tiers.admin import KvAdmin
 from workers.tiers.onboarding import Onboarding
@@ -91,8 +93,7 @@ class VllmEngine:
         self._stats = EngineStats()
         self._hellos: dict[int, Hello] = {}
         self._hello = asyncio.Event()
-        self._holds: dict[int, Holds] = {}
-        self._peers: dict[int, dict[str, int]] = {}
+        self._ranks_say = RankReports()
         self._stack = AsyncExitStack()
         self._llm: AsyncLLM | None = None
         self._feed: KvFeed | None = None
@@ -101,6 +102,8 @@ class VllmEngine:
         self._pushes = Pushes(self._ranks, self._channel.command, self._pulse, self._timeout_s)
         self.cost = PullCost()
         self._stats.prefilled = self._computed
+        self._queue, self._answers = Queue(), Answers()
+        self._speeds: Speeds | None = None
         self._blocks = self._block_bytes = 0
         self._tiers: Tiers | None = None
         self._admin: KvAdmin | None = None
@@ -147,6 +150,9 @@ class VllmEngine:
             await self._start_tiers(self._tiers, fingerprint, self._feed)
         self._admin = KvAdmin(self.load, self._feed.snapshot, self._tiers)
         self._block_bytes = fingerprint.block_bytes * self._ranks
+        onboarding = self._tiers.cost if self._tiers is not None else None
+        self._speeds = Speeds(self.cost, fingerprint.block_size, self._block_bytes, onboarding, answers=self._answers)
+        self._stats.stepped = self._speeds.steps.took
         return EngineInfo(
             fingerprint,
             hello.kv_blocks,
@@ -222,13 +228,11 @@ class VllmEngine:
                 self._hello.set()
             case Alive():
                 self._pulse.alive(report.rank)
-            case Holds():
-                self._holds[report.rank] = report
+            case Holds() | Peers():
+                self._ranks_say.take(report)
             case Offloaded() | SlotsWanted() | Onboarded():
                 assert self._tiers is not None, "without tiers nothing is offloaded"
                 self._tiers.handle(report)
-            case Peers():
-                self._peers[report.rank] = report.workers
             case PushEnded():
                 self._pushes.handle(report)
             case Skipped() | ReceivePlanned() | ReceiveOpened() | ReceiveEnded():
@@ -243,26 +247,25 @@ class VllmEngine:
             sampling = sampling_params(job.sampling, params)  # refused before anything is pinned or prepared
         except ValueError as error:
             raise RequestError(str(error)) from error
-        receive = None
         onboarding = self._onboard(job, job.trace_headers.get("traceparent", ""))
         if onboarding is not None:
             params |= onboarding.params
-        if job.remote is not None:
-            receive, more = self._expect(job, job.remote, onboarding)
-            params |= more
+        receive, more = self._expect(job, onboarding)
+        params |= more
         stream = self._engine.generate(
             tokens_input(job.token_ids, cache_salt=job.cache_salt),
             sampling,
             job.request_id,
             trace_headers=job.trace_headers or None,
         )
-        first = True
+        first, generated = True, 0
         results = results_after(stream, receive.first_token if receive is not None else None)
         try:
             async for result in results:
                 cached = None
                 if first:
                     cached, first = self._cached_tokens(receive, result), False
+                    self._queue.done(job.request_id)
                 if isinstance(result, int):
                     stopped = result in job.sampling.stop_token_ids
                     yield Output([result], None, "stop" if stopped else None, result if stopped else None, cached)
@@ -270,7 +273,10 @@ class VllmEngine:
                         break
                 else:
                     self._onboarded(job.request_id)  # the engine's own word: a prefill worker's token may come before
-                    yield output(result, cached)
+                    told = output(result, cached)
+                    generated += len(told.token_ids)
+                    yield told
+            self._answers.ended(generated)
         except EngineDeadError as error:
             raise WorkerError("the engine died") from error
         except ValueError as error:
@@ -284,6 +290,7 @@ class VllmEngine:
 
     def _over(self, request_id: str) -> None:
         """A request has ended: nothing is held for it any more."""
+        self._queue.done(request_id)
         self._onboarded(request_id)
         if self._receives is not None:
             self._receives.release(request_id)
@@ -313,14 +320,15 @@ class VllmEngine:
         assert self._feed is not None
         return self._feed.local_blocks(job.token_ids, self._config.cache_config.block_size, job.cache_salt)
 
-    def _expect(
-        self, job: Job, remote: RemotePrefill, onboarding: Onboarding | None
-    ) -> tuple[Receive | None, dict[str, Any]]:
+    def _expect(self, job: Job, onboarding: Onboarding | None) -> tuple[Receive | None, dict[str, Any]]:
         """A receive for the job, unless nobody can be asked, and what the connector is to know of it."""
         assert self._receives is not None
-        here = self._local_blocks(job) if onboarding is None else onboarding.end
-        end = remote.plan(here * self._config.cache_config.block_size)
-        if not remote.more:
+        remote, here, end = job.remote, 0, 0
+        if remote is not None:
+            here = self._local_blocks(job) if onboarding is None else onboarding.end
+            end = remote.plan(here * self._config.cache_config.block_size)
+        if remote is None or not remote.more:
+            self._queue.add(job.request_id, len(job.token_ids) - job.held_tokens)
             return None, {}
         room = len(job.token_ids) + 1 < self._config.model_config.max_model_len  # for a second token
         pulled = end < len(job.token_ids)
@@ -360,8 +368,10 @@ class VllmEngine:
             raise PrefillFailed("busy")  # before anything is read for it
         onboarding = self._onboard(job)
         try:
+            held = self._local_blocks(job) if onboarding is None else onboarding.end
             if job.only_held:
-                self._require_held(job, onboarding)
+                self._require_held(job, held)
+            self._queue.add(job.request_id, len(job.token_ids) - held * self._config.cache_config.block_size)
             return await self._push(job, onboarding)
         except TimeoutError as error:
             raise PrefillFailed("deadline") from error
@@ -370,11 +380,11 @@ class VllmEngine:
         except ValueError as error:
             raise PrefillFailed("refused", str(error)) from error
         finally:
+            self._queue.done(job.request_id)
             self._onboarded(job.request_id)
 
-    def _require_held(self, job: PrefillJob, onboarding: Onboarding | None) -> None:
+    def _require_held(self, job: PrefillJob, held: int) -> None:
         """Raises PrefillFailed where a block would have to be computed."""
-        held = self._local_blocks(job) if onboarding is None else onboarding.end
         most = (len(job.token_ids) - 1) // self._config.cache_config.block_size  # as at least a token is computed
         if held < most:
             raise PrefillFailed("not held", f"{held} of {most} blocks are here")
@@ -393,6 +403,7 @@ class VllmEngine:
                         sampling_params(sampling, params),
                         job.request_id,
                     ):
+                        self._queue.done(job.request_id)
                         self._onboarded(job.request_id)
                         cached = result.num_cached_tokens or 0
                         if job.first_token is not None and result.outputs[0].token_ids:
@@ -422,21 +433,15 @@ class VllmEngine:
         return self._feed.snapshot() | (self._tiers.snapshot() if self._tiers is not None else {})
 
     def load(self) -> EngineLoad:
-        held: dict[str, int] = {}
-        for holds in self._holds.values():  # every rank holds the same blocks
-            for reason, count in holds.blocks.items():
-                held[reason] = max(held.get(reason, 0), count)
-        peers: dict[str, int] = {}
-        for workers in self._peers.values():  # a worker is met once every rank has met it
-            for state, count in workers.items():
-                peers[state] = (min if state == "met" else max)(peers.get(state, count), count)
+        held = self._ranks_say.held
         stats = self._stats
         used = round(stats.kv_usage * self._blocks)
         held_bytes = sum(held.values()) * self._block_bytes
-        staged = sum(holds.staged for holds in self._holds.values())
         return EngineLoad(
-            stats.running, stats.waiting, used, self._blocks, held, held_bytes, staged, peers,
-            self._tiers.load() if self._tiers is not None else (),
+            stats.running, stats.waiting, used, self._blocks, held, held_bytes, self._ranks_say.staged,
+            self._ranks_say.peers,
+            self._tiers.load() if self._tiers is not None else (), self._queue.tokens,
+            self._speeds.rates() if self._speeds is not None else Rates(),
         )  # fmt: skip
 
     async def kv_admin(self, ask: KvAsk) -> KvTold:

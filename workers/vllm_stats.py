@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ class EngineStats:
     waiting: int = 0
     kv_usage: float = 0.0  # of 1
     prefilled: Callable[[int, float], None] | None = None  # told of each prompt: tokens computed for it, seconds
+    stepped: Callable[[int, float], None] | None = None  # of each step without prompts: its batch, seconds
 
 
 class LoadLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is not followed by mypy
@@ -26,6 +28,7 @@ class LoadLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is not followed 
 
     def __init__(self, stats: EngineStats) -> None:
         self._stats = stats
+        self._last: float | None = None  # when the step before ended; None: the engine was idle since
 
     def record(
         self,
@@ -39,10 +42,19 @@ class LoadLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is not followed 
             skipped = getattr(scheduler_stats, "num_skipped_waiting_reqs", 0)  # e.g. waiting for remote KV
             self._stats.waiting = scheduler_stats.num_waiting_reqs + skipped
             self._stats.kv_usage = scheduler_stats.kv_cache_usage
+        if iteration_stats is not None:
+            self._note_step(iteration_stats)
         if iteration_stats is not None and self._stats.prefilled is not None:
             for request in iteration_stats.finished_requests:
                 cached = getattr(request, "num_cached_tokens", 0)
                 self._stats.prefilled(request.num_prompt_tokens - cached, request.prefill_time)
+
+    def _note_step(self, iteration: IterationStats) -> None:
+        now, tokens = time.monotonic(), iteration.num_generation_tokens
+        prompts = getattr(iteration, "num_prompt_tokens", 0)
+        if self._last is not None and tokens and not prompts and self._stats.stepped is not None:
+            self._stats.stepped(tokens, now - self._last)
+        self._last = now if self._stats.running else None
 
     def log_engine_initialized(self) -> None:
         return

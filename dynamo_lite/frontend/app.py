@@ -25,6 +25,7 @@ from dynamo_lite.frontend.endpoint import Service
 from dynamo_lite.frontend.generate import Backend
 from dynamo_lite.frontend.metrics import ModelMetrics
 from dynamo_lite.frontend.routes import build_app
+from dynamo_lite.frontend.self_test import self_test
 from dynamo_lite.frontend.tokens import load_tokens
 from dynamo_lite.listening import Port
 from dynamo_lite.plane import discovery_set
@@ -33,13 +34,14 @@ from dynamo_lite.plane.wire import Role, Subjects
 from dynamo_lite.router.fleet import Fleet
 from dynamo_lite.router.router import Router
 from dynamo_lite.status import Status
-from dynamo_lite.tasks import background
+from dynamo_lite.tasks import background, scope
 from dynamo_lite.telemetry import setup_logging, tracing
 
 DRAIN_DEADLINE_S = 30.0  # streams that take longer after SIGTERM end with an error event
 LAST_EVENTS_S = 2.0  # for those events to leave
 KEEP_ALIVE_S = 75  # longer than clients and proxies keep idle connections, so that it is they who close them
 DECODES = (Role.DECODE, Role.BOTH)
+FIRST = "frontend-0"  # of several it is the one that tests
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +81,10 @@ async def _main(spec: ProcessSpec, status: Status) -> None:
         asyncio.get_running_loop().add_signal_handler(number, end)
     try:
         with tracing(spec.config.telemetry.traces, spec.name), _listening(spec) as listening:
-            async with background(status.beat()), serving(spec) as (app, backend):
+            async with background(status.beat()), serving(spec) as (app, backend), scope() as group:
                 server = Server(app, ready)
+                if spec.config.router.self_test and spec.config.router.mode == "kv" and spec.name == FIRST:
+                    group.create_task(_prove(backend, started, stop.is_set, status))
                 async with background(_drain(stop, server, backend, status)):
                     await server.serve([listening])
     except asyncio.CancelledError:
@@ -110,7 +114,8 @@ async def serving(spec: ProcessSpec) -> AsyncIterator[tuple[FastAPI, Backend]]:
         discovery = await stack.enter_async_context(discovery_set.connect(spec.etcd, config.namespace))
         group = await stack.enter_async_context(asyncio.TaskGroup())
         fleet = await stack.enter_async_context(Fleet.open(bus, discovery, subjects, group))
-        backend = await stack.enter_async_context(Backend.open(bus, subjects, fleet, Router(fleet, config.router)))
+        router = Router(fleet, config.router)
+        backend = await stack.enter_async_context(Backend.open(bus, subjects, fleet, router, spec.name))
 
         def max_model_len() -> int:
             decoding = fleet.usable(DECODES)
@@ -128,6 +133,14 @@ async def serving(spec: ProcessSpec) -> AsyncIterator[tuple[FastAPI, Backend]]:
             max_model_len=max_model_len,
         )
         yield build_app(service, with_metrics=config.telemetry.metrics, connected=lambda: bus.connected), backend
+
+
+async def _prove(backend: Backend, started: asyncio.Event, ending: Callable[[], bool], status: Status) -> None:
+    """Once requests are served, and beside them: that prefixes are seen."""
+    await started.wait()
+    sentence = await self_test(backend)
+    if not ending():
+        status.phase("ready", sentence)
 
 
 async def _drain(stop: asyncio.Event, server: uvicorn.Server, backend: Backend, status: Status) -> NoReturn:

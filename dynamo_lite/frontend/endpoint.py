@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
@@ -14,6 +15,8 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from dynamo_lite.errors import DeadlineExceeded, DynamoError, ModelNotFound
 from dynamo_lite.frontend import metrics
 from dynamo_lite.frontend.answer import Answer, ChatAnswer, CompletionAnswer
+from dynamo_lite.frontend.decisions import HEADER as ROUTE
+from dynamo_lite.frontend.decisions import header as route_header
 from dynamo_lite.frontend.exchange import ClientGone, Exchange, Receive, Scope, Send
 from dynamo_lite.frontend.generate import Backend
 from dynamo_lite.frontend.openai import ChatRequest, CompletionRequest
@@ -121,7 +124,9 @@ class Endpoint:
     async def _run(self, exchange: Exchange, work: Work, answer: Answer, progress: Progress) -> None:
         """One write per wake-up: everything that has gathered goes out together."""
         left_s = self._service.timeout_s
-        call = self._service.backend.call(work, traceparent(), left_s)
+        call = self._service.backend.call(work, traceparent(), left_s, exchange.request_id)
+        if exchange.header(ROUTE):
+            exchange.late_headers = partial(route_header, call.placements)
         opening = list(progress.echo())
         async with aclosing(call.deltas()) as batches:
             async for batch in batches:

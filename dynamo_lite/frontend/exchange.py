@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, NoReturn
 
 from dynamo_lite.errors import BodyTooLarge, DynamoError
@@ -37,6 +37,7 @@ class Exchange:
         self.status = 0  # of the reply, once it has begun
         given = self.header(b"x-request-id")
         self.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self.late_headers: Callable[[], Iterable[tuple[bytes, bytes]]] = tuple  # asked for when the reply begins
         self.extra_headers: list[tuple[bytes, bytes]] = [(b"x-request-id", self.request_id.encode())]
 
     def header(self, name: bytes) -> str:
@@ -103,7 +104,8 @@ class Exchange:
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.status = status
-        await self._send({"type": "http.response.start", "status": status, "headers": headers + self.extra_headers})
+        headers = [*headers, *self.extra_headers, *self.late_headers()]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _finish(self, body: bytes) -> None:
         self._complete = True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import ExitStack, asynccontextmanager
 from typing import NoReturn
 
@@ -18,6 +18,7 @@ from opentelemetry import trace
 
 from dynamo_lite.errors import DeadlineExceeded, DynamoError, NoResponders, PlaneError, ProtocolMismatch, WorkerLost
 from dynamo_lite.frontend import metrics
+from dynamo_lite.frontend.decisions import Decisions, explaining
 from dynamo_lite.frontend.work import Work
 from dynamo_lite.plane.bus import RECONNECT_WAIT_S, Bus, Message
 from dynamo_lite.plane.wire import (
@@ -33,8 +34,10 @@ from dynamo_lite.plane.wire import (
     decode,
     encode,
 )
+from dynamo_lite.router.placement import Placement
 from dynamo_lite.router.roster import Roster
-from dynamo_lite.router.router import Placement, Router
+from dynamo_lite.router.router import Router
+from dynamo_lite.router.sharing import shared
 from dynamo_lite.tasks import background
 from dynamo_lite.telemetry import tracer
 
@@ -63,13 +66,17 @@ class Flight:
 class Call:
     """All prompts of one HTTP request. Iterate over `deltas` once; its end cancels what is still in flight."""
 
-    def __init__(self, backend: Backend, work: Work, traceparent: str, timeout_s: float) -> None:
+    def __init__(
+        self, backend: Backend, work: Work, traceparent: str, timeout_s: float, request_id: str, avoid: set[Incarnation]
+    ) -> None:
         self.work = work
+        self.request_id = request_id
+        self.placements: list[Placement] = []  # so far, the last the latest
         self._backend = backend
         self._traceparent = traceparent
         self._ends_at = asyncio.get_running_loop().time() + timeout_s
         self._flights: dict[int, Flight] = {}  # by prompt
-        self._avoid: set[Incarnation] = set()
+        self._avoid = avoid
         self._lost = 0
         self._mail: list[tuple[Flight, Delta | DynamoError]] = []
         self._arrived = asyncio.Event()
@@ -152,6 +159,8 @@ class Call:
         task = self.work.tasks[prompt]
         placement = self._backend.place(task.token_ids, self.work.cache_salt, self._avoid)
         flight = self._flights[prompt] = Flight(self, prompt, placement)
+        self.placements.append(placement)
+        self._backend.decisions.add(self.request_id, flight.id, placement)
         flight.booking.enter_context(placement.booked())
         left_s = self._ends_at - asyncio.get_running_loop().time()
         request = GenerateRequest(
@@ -166,6 +175,7 @@ class Call:
             traceparent=self._traceparent,
             route_reason=placement.reason,
             holder=placement.holder,
+            held_tokens=placement.held_tokens,
         )
         await self._backend.send(flight, request)
 
@@ -180,9 +190,13 @@ class Call:
 class Backend:
     """The workers as the frontend's handlers see them. Open it with `Backend.open`."""
 
-    def __init__(self, bus: Bus, subjects: Subjects, roster: Roster, router: Router, group: asyncio.TaskGroup) -> None:
+    def __init__(
+        self, bus: Bus, subjects: Subjects, roster: Roster, router: Router, group: asyncio.TaskGroup, name: str
+    ) -> None:
         self.id = FrontendId(uuid.uuid4().hex)
-        self._bus, self._subjects, self._roster, self._router, self._group = bus, subjects, roster, router, group
+        self.decisions = Decisions(name, roster.clock)
+        self.roster = roster
+        self._bus, self._subjects, self._router, self._group = bus, subjects, router, group
         self._flights: dict[str, Flight] = {}
         self._of_worker: dict[Incarnation, set[Flight]] = {}
         self._watches: dict[Incarnation, asyncio.Task[None]] = {}
@@ -190,13 +204,20 @@ class Backend:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, bus: Bus, subjects: Subjects, roster: Roster, router: Router) -> AsyncIterator[Backend]:
+    async def open(
+        cls, bus: Bus, subjects: Subjects, roster: Roster, router: Router, name: str = "frontend"
+    ) -> AsyncIterator[Backend]:
+        """`name`: for people."""
         async with asyncio.TaskGroup() as group:
-            backend = cls(bus, subjects, roster, router, group)
+            backend = cls(bus, subjects, roster, router, group, name)
             deltas = await bus.subscribe(subjects.deltas(backend.id), backend._receive)
             undelivered = await bus.subscribe(subjects.undelivered(backend.id), backend._undelivered)
             try:
-                async with background(backend._keep_house()):
+                async with (
+                    background(backend._keep_house()),
+                    shared(bus, subjects, router.bookings),
+                    explaining(bus, subjects, backend.decisions),
+                ):
                     yield backend
             finally:
                 for watch in backend._watches.values():
@@ -209,8 +230,11 @@ class Backend:
         """Whether "no responders" may mean a worker that is only reconnecting."""
         return self._bus.settling
 
-    def call(self, work: Work, traceparent: str, timeout_s: float) -> Call:
-        return Call(self, work, traceparent, timeout_s)
+    def call(
+        self, work: Work, traceparent: str, timeout_s: float, request_id: str = "", avoid: Collection[Incarnation] = ()
+    ) -> Call:
+        """`avoid`: workers that it is not to be placed on."""
+        return Call(self, work, traceparent, timeout_s, request_id, set(avoid))
 
     def fail_all(self, error: DynamoError) -> None:
         """End every request in flight with an error."""
@@ -268,7 +292,7 @@ class Backend:
         flight = self._flights.get(message.subject.rpartition(".")[2])
         if flight is not None and message.no_responders:
             if not self.settling:
-                self._roster.lost(flight.worker.incarnation)
+                self.roster.lost(flight.worker.incarnation)
             flight.call.put(flight, NoResponders(flight.worker.name))
 
     def _lose(self, worker: Incarnation, cause: str) -> None:
@@ -290,7 +314,7 @@ class Backend:
         self._watches.pop(worker.incarnation, None)
         log.warning("worker %s is lost: %s", worker.name, cause)
         if self._bus.connected:  # else it is NATS that is gone
-            self._roster.lost(worker.incarnation)
+            self.roster.lost(worker.incarnation)
         self._lose(worker.incarnation, cause)
 
     async def _keep_house(self) -> NoReturn:
@@ -336,3 +360,5 @@ def _describe(placement: Placement, span: trace.Span) -> None:
         span.set_attribute("dynamo.route.holder_tokens", placement.holder.tokens)
     for worker, score in placement.scores.items():
         span.set_attribute(f"dynamo.route.cost.{worker}", score)
+    for part, milliseconds in placement.parts.items():
+        span.set_attribute(f"dynamo.route.part.{part}", milliseconds)

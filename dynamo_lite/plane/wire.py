@@ -15,6 +15,7 @@ import msgspec
 from dynamo_lite import errors
 from dynamo_lite.errors import DynamoError, ProtocolMismatch
 from dynamo_lite.plane.layout import KvLayout, exchange_problem
+from kvbm.events import Tier
 
 PROTOCOL = 2  # raised with every change of a message, also of those between movers (workers/connector/protocol.py)
 Scalar = str | int | float
@@ -119,6 +120,7 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     traceparent: str = ""
     route_reason: str = ""
     holder: Holder | None = None  # of whom the prefix may be pulled
+    held_tokens: int = 0  # of the prompt, on this worker, as the router believes
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -247,6 +249,19 @@ class PrefillReply(msgspec.Struct, frozen=True):
     first_token: int | None = None  # again, as a FirstToken may get lost
 
 
+Line = tuple[float, float]  # milliseconds for anything at all, and for each one of what is counted
+
+
+class Rates(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What things have taken at a worker lately, in milliseconds; None: not measured yet."""
+
+    prefill: Line | None = None  # computing a prompt, per token
+    step: Line | None = None  # of decoding, per sequence
+    pull: Line | None = None  # from another worker, per token
+    onboard: dict[Tier, Line] = {}  # from a tier beneath the device, per token
+    answer_tokens: float | None = None  # of a sequence
+
+
 class LoadReport(msgspec.Struct, frozen=True):
     """A worker's load, published a few times a second and after every change of `running` to or from zero."""
 
@@ -260,6 +275,8 @@ class LoadReport(msgspec.Struct, frozen=True):
     kv_seq: int = 0  # last KV event batch published: lets a router notice a lost last batch
     prefills: int = 0  # prefill requests served since start
     draining: bool = False
+    queued_tokens: int = 0  # of prompts, yet to be computed here; what is known to be cached does not count
+    rates: Rates = Rates()
 
 
 class Pong(msgspec.Struct, frozen=True):
@@ -341,6 +358,14 @@ class Subjects:
     def load(self, worker: str = "*") -> str:
         """LoadReport, published by workers."""
         return f"{self.root}.load.{worker}"
+
+    def bookings(self, router: str = "*") -> str:
+        """`route_wire.Bookings`, published by routers to each other."""
+        return f"{self.root}.bookings.{router}"
+
+    def explain(self) -> str:
+        """`route_wire.Explain`, to every frontend; those that know the request answer with an Explained."""
+        return f"{self.root}.explain"
 
     def deltas(self, frontend: FrontendId) -> str:
         """DeltaBatch, published by workers to one frontend."""

@@ -1,4 +1,4 @@
-"""How busy a worker is: what it reports, and what this router has sent there since.
+"""How busy a worker is: what it reports, corrected by what routers have sent there since.
 
 A booking is a context manager, so it ends with the request however that ends. It belongs to one incarnation:
 when that is gone its counts are gone too, and nothing is left to leak into its successor.
@@ -6,69 +6,131 @@ when that is gone its counts are gone too, and nothing is left to leak into its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dynamo_lite.plane.wire import LoadReport
 
+UNSEEN_S = 0.05  # a request booked so shortly before a report came may be missing in it
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, eq=False)
 class Booking:
-    """Blocks one request makes a worker busy with."""
+    """What one request makes one worker busy with."""
 
     load: WorkerLoad
-    blocks: float
+    tokens: float  # of its prompt, yet to be computed there
+    blocks: float  # of the worker's, while it runs
+    at: float  # seconds
+    open: bool = True
 
-    def reduce(self, blocks: float) -> None:
-        """Part of the work is done."""
-        done = min(blocks, self.blocks)
-        self.blocks -= done
-        self.load.booked_blocks -= done
+    def computed(self) -> None:
+        """The prompt is; what it still takes is a place in the batch."""
+        self.tokens = 0.0
+
+    def end(self) -> None:
+        """Idempotent."""
+        if self.open:
+            self.open = False
+            self.load.close(self)
 
 
 class WorkerLoad:
-    """The load of one worker incarnation, in blocks."""
+    """The load of one worker incarnation.
 
-    __slots__ = ("_booked_then", "booked_blocks", "bookings", "report")
+    Each report is the truth as of its time. What is booked later comes on top of it, and the queue shrinks as fast as
+    the worker computes, until the next report says how it really is.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = (
+        "_as_of",
+        "_blocks",
+        "_booked_blocks",
+        "_clock",
+        "_queued",
+        "_recent",
+        "_sequences",
+        "bookings",
+        "report",
+    )
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock  # seconds
         self.report: LoadReport | None = None
-        self.booked_blocks = 0.0
-        self.bookings = 0
-        self._booked_then = 0.0  # when the report came
+        self.bookings = 0  # open ones
+        self._booked_blocks = 0.0  # of these
+        self._queued = 0.0  # tokens, at `_as_of`
+        self._as_of = 0.0
+        self._sequences = 0.0  # as reported, and since
+        self._blocks = 0.0  # likewise
+        self._recent: deque[Booking] = deque()  # of the last moments
 
     def take(self, report: LoadReport) -> None:
         """A newer report from the worker. Late ones are ignored."""
-        if self.report is None or report.seq > self.report.seq:
-            self.report = report
-            self._booked_then = self.booked_blocks
+        if self.report is not None and report.seq <= self.report.seq:
+            return
+        self.report, now = report, self._clock()
+        self._forget(now)
+        # What was booked that lately may be in the report or not: whichever is more.
+        self._queued = max(float(report.queued_tokens), sum(each.tokens for each in self._recent if each.open))
+        self._as_of = now
+        self._sequences = float(report.running + report.waiting)
+        self._blocks = float(report.kv_used_blocks)
+
+    def queued_tokens(self, ms_per_token: float) -> float:
+        """Of prompts, that the worker computes before one that comes now. `ms_per_token`: how fast it is."""
+        if not self._queued:
+            return 0.0
+        done = (self._clock() - self._as_of) * 1000 / ms_per_token if ms_per_token > 0 else self._queued
+        return max(0.0, self._queued - done)
 
     @property
-    def busy_blocks(self) -> float:
-        """Blocks the worker is busy with: its last report, corrected by what was booked and ended since.
+    def sequences(self) -> float:
+        """That run there or wait; never fewer than are booked."""
+        return max(float(self.bookings), self._sequences)
 
-        Never less than this router's own bookings, since a request may be on its way while the report is.
-        """
-        report = self.report
-        if report is None:
-            return self.booked_blocks
-        queued = report.waiting * max(1.0, report.kv_used_blocks / max(1, report.running))
-        reported = report.kv_used_blocks + queued
-        return max(self.booked_blocks, reported + self.booked_blocks - self._booked_then)
+    @property
+    def used_blocks(self) -> float:
+        """Of its KV, by running requests; never fewer than are booked."""
+        return max(self._booked_blocks, self._blocks)
 
     @property
     def draining(self) -> bool:
         return self.report is not None and self.report.draining
 
-    @contextmanager
-    def booked(self, blocks: float) -> Iterator[Booking]:
-        """Count `blocks` more while the body runs."""
-        booking = Booking(self, blocks)
-        self.booked_blocks += blocks
+    def book(self, tokens: float, blocks: float, ms_per_token: float) -> Booking:
+        """Count a request until `Booking.end`. `ms_per_token`: as for `queued_tokens`."""
+        now = self._clock()
+        self._queued, self._as_of = self.queued_tokens(ms_per_token) + tokens, now
+        self._sequences += 1
+        self._blocks += blocks
+        self._booked_blocks += blocks
         self.bookings += 1
+        booking = Booking(self, tokens, blocks, now)
+        self._forget(now)
+        self._recent.append(booking)
+        return booking
+
+    def _forget(self, now: float) -> None:
+        while self._recent and self._recent[0].at < now - UNSEEN_S:
+            self._recent.popleft()
+
+    def close(self, booking: Booking) -> None:
+        """Called by the booking."""
+        self._queued = max(0.0, self._queued - booking.tokens)  # was given up before it was computed
+        self._sequences = max(0.0, self._sequences - 1)
+        self._blocks = max(0.0, self._blocks - booking.blocks)
+        self._booked_blocks -= booking.blocks
+        self.bookings -= 1
+
+    @contextmanager
+    def booked(self, tokens: float, blocks: float, ms_per_token: float) -> Iterator[Booking]:
+        """Count a request while the body runs."""
+        booking = self.book(tokens, blocks, ms_per_token)
         try:
             yield booking
         finally:
-            self.bookings -= 1
-            booking.reduce(booking.blocks)
+            booking.end()

@@ -8,15 +8,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from statistics import median
 
-from dynamo_lite.plane.wire import Fingerprint, Incarnation, InstanceRecord, LoadReport, Role
+from dynamo_lite.plane.wire import Fingerprint, Incarnation, InstanceRecord, LoadReport, Rates, Role
 from dynamo_lite.router import metrics
+from dynamo_lite.router.cost import Pace
+from dynamo_lite.router.inflow import Inflow, Inflows
 from dynamo_lite.router.load import WorkerLoad
-from kvbm.events import KvEventBatch, KvSnapshot
+from dynamo_lite.router.paces import pace
+from dynamo_lite.router.recent import Recent
+from kvbm.events import BlocksStored, KvEventBatch, KvSnapshot, Tier
 from kvbm.index import PrefixIndex
 
 REVIVE_AFTER_S = 0.5  # a report this long after a worker was called lost was not under way at that time
+PACES_S = 1.0  # how often what is believed of the workers' speeds follows what they report
 BUFFERED_BATCHES = 4096  # kept while waiting for a snapshot; with more, another snapshot is asked for
+
+NOTHING = Rates()
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +34,14 @@ class Instance:
     """One live worker."""
 
     record: InstanceRecord
-    load: WorkerLoad = field(default_factory=WorkerLoad)
-    lost_at: float | None = None  # monotonic seconds
+    load: WorkerLoad
+    inflow: Inflow
+    number: int  # of its own
+    kind: int  # equal for workers of one fingerprint
+    block_size: int  # tokens
+    pace: Pace
+    recent: Recent = field(default_factory=Recent)  # placed there while it is `waiting`
+    lost_at: float | None = None  # by the roster's clock
     waiting: bool = True  # for a snapshot; batches are buffered meanwhile
     buffer: deque[KvEventBatch] = field(default_factory=lambda: deque(maxlen=BUFFERED_BATCHES))
 
@@ -39,11 +53,19 @@ class Instance:
 class Roster:
     """The workers. `ask_snapshot` is called when one of them must tell all of its blocks."""
 
-    def __init__(self, ask_snapshot: Callable[[Instance], None]) -> None:
+    def __init__(self, ask_snapshot: Callable[[Instance], None], clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock`: seconds, from whenever on."""
         self.index = PrefixIndex()
+        self.clock = clock
         self._instances: dict[Incarnation, Instance] = {}
         self._ask_snapshot = ask_snapshot
-        self._problems: dict[tuple[Fingerprint, Fingerprint], str | None] = {}
+        self._kinds: dict[Fingerprint, int] = {}
+        self._problems: dict[tuple[int, int], str | None] = {}
+        self.token_ms = 0.0  # of computing a prompt, on a worker as most are
+        self.inflows = Inflows()
+        self._joined = 0  # workers, so far
+        self._paces_at: float | None = None  # when they were worked out; None: they have to be now
+        self._rates_changed = False
         self._watching: set[asyncio.Event] = set()
 
     def __contains__(self, incarnation: Incarnation) -> bool:
@@ -59,19 +81,31 @@ class Roster:
 
     def usable(self, roles: Collection[Role]) -> list[Instance]:
         """Workers of these roles that may be given work, in the order they came."""
-        return [each for each in self._instances.values() if each.record.role in roles and each.usable]
+        return [each for each in self._instances.values() if each.usable and each.record.role in roles]
 
-    def prefillers(self, decode: Instance) -> list[Instance]:
-        """Prefill workers that can push KV to this decode worker, least loaded first."""
-        return self._fitting(decode, [Role.PREFILL])
+    def fits(self, decode: Instance, sender: Instance) -> bool:
+        """Whether one can push KV to the other."""
+        pair = (decode.kind, sender.kind)
+        if pair not in self._problems:
+            to, of = decode.record, sender.record
+            self._problems[pair] = problem = to.fingerprint.problem_with(of.fingerprint)
+            if problem:
+                log.warning("%s cannot take KV from %s: %s", to.name, of.name, problem)
+        return self._problems[pair] is None
 
-    def holders(self, decode: Instance) -> list[Instance]:
-        """Other workers, of any role, that can push KV to this decode worker, least loaded first."""
-        return [each for each in self._fitting(decode, tuple(Role)) if each is not decode]
-
-    def _fitting(self, decode: Instance, roles: Collection[Role]) -> list[Instance]:
-        fitting = [each for each in self.usable(roles) if self._compatible(decode.record, each.record)]
-        return sorted(fitting, key=lambda each: each.load.busy_blocks)
+    def settle_paces(self) -> None:
+        """Work out anew how fast the workers are, if they have reported anything of it since, and not too often."""
+        now = self.clock()
+        if self._paces_at is not None and (not self._rates_changed or now - self._paces_at < PACES_S):
+            return
+        self._paces_at, self._rates_changed = now, False
+        kin: dict[int, list[Rates]] = {}
+        reports = [(each, each.load.report) for each in self._instances.values()]
+        for each, report in reports:
+            kin.setdefault(each.kind, []).append(report.rates if report is not None else NOTHING)
+        for each, report in reports:
+            each.pace = pace(report.rates if report is not None else NOTHING, kin[each.kind])
+        self.token_ms = median(each.pace.prefill[1] for each in self._instances.values())
 
     async def until(self, holds: Callable[[], bool]) -> None:
         """Wait for a change after which `holds`, for readiness. The deadline is the caller's."""
@@ -89,11 +123,22 @@ class Roster:
         if record.incarnation in self._instances:
             self._instances[record.incarnation].record = record
             return
-        instance = self._instances[record.incarnation] = Instance(record)
+        kind = self._kinds.setdefault(record.fingerprint, len(self._kinds))
+        self._joined += 1
+        instance = self._instances[record.incarnation] = Instance(
+            record,
+            WorkerLoad(self.clock),
+            Inflow(record.kv_blocks),
+            self._joined,
+            kind,
+            record.fingerprint.block_size,
+            pace(NOTHING, ()),
+        )
+        self._paces_at = None
         log.info("%s joined (%s)", record.name, record.incarnation)
         self._count_workers()
         self._ask_snapshot(instance)
-        self._tell()
+        self.tell()
 
     def leave(self, incarnation: Incarnation) -> None:
         """A worker's registration ended."""
@@ -102,31 +147,35 @@ class Roster:
             log.info("%s left (%s)", instance.record.name, incarnation)
             self.index.remove_worker(incarnation)
             self._count_workers()
-            self._tell()
+            self.tell()
 
     def lost(self, incarnation: Incarnation) -> None:
         """The request path found the worker gone: place nothing there, unless it reports again."""
         instance = self._instances.get(incarnation)
         if instance is not None and instance.lost_at is None:
             log.warning("%s is lost (%s)", instance.record.name, incarnation)
-            instance.lost_at = time.monotonic()
-            self._tell()
+            instance.lost_at = self.clock()
+            self.tell()
 
     def take_report(self, report: LoadReport) -> None:
         """A worker's load; its `kv_seq` shows when its last KV event batches were lost."""
         instance = self._instances.get(report.worker)
         if instance is None:
             return
-        if instance.lost_at is not None and time.monotonic() - instance.lost_at > REVIVE_AFTER_S:
+        if instance.lost_at is not None and self.clock() - instance.lost_at > REVIVE_AFTER_S:
             log.warning("%s is back (%s)", instance.record.name, report.worker)
             instance.lost_at = None
         before = instance.load.report
         instance.load.take(report)
+        if before is None:
+            self._paces_at = None
+        elif before.rates != report.rates:
+            self._rates_changed = True
         # Batches may be on their way still, but not those that the report before this one spoke of.
         if before is not None and before.kv_seq > self.index.seq(report.worker) and not instance.waiting:
             self._gap(instance)
         metrics.INDEX_BLOCKS.set(self.index.blocks)
-        self._tell()
+        self.tell()
 
     def take_batch(self, batch: KvEventBatch) -> None:
         """KV events of one engine step."""
@@ -138,7 +187,14 @@ class Roster:
         elif not self.index.apply(batch):
             instance.buffer.append(batch)
             self._gap(instance)
-        self._tell()
+        self._note_stored(instance, batch)
+        self.tell()
+
+    def _note_stored(self, instance: Instance, batch: KvEventBatch) -> None:
+        for event in batch.events:
+            if isinstance(event, BlocksStored) and event.tier is Tier.DEVICE:
+                everyone = [each.inflow for each in self._instances.values()]
+                self.inflows.store(instance.inflow, len(event.hashes), everyone)
 
     def take_snapshot(self, snapshot: KvSnapshot) -> bool:
         """All blocks of a worker. False when batches after it are missing, and another one is needed."""
@@ -153,10 +209,12 @@ class Roster:
                 return False
             instance.buffer.popleft()
         instance.waiting = False
-        self._tell()
+        instance.recent.clear()
+        self.tell()
         return True
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """Something has changed that somebody may wait for in `until`."""
         for change in self._watching:
             change.set()
 
@@ -165,14 +223,6 @@ class Roster:
         metrics.GAPS.inc()
         instance.waiting = True
         self._ask_snapshot(instance)
-
-    def _compatible(self, decode: InstanceRecord, prefill: InstanceRecord) -> bool:
-        pair = (decode.fingerprint, prefill.fingerprint)
-        if pair not in self._problems:
-            self._problems[pair] = problem = decode.fingerprint.problem_with(prefill.fingerprint)
-            if problem:
-                log.warning("%s cannot take KV from %s: %s", decode.name, prefill.name, problem)
-        return self._problems[pair] is None
 
     def _count_workers(self) -> None:
         roles: Iterable[Role] = [each.record.role for each in self._instances.values()]

@@ -2,62 +2,38 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from dynamo_lite import config
 from dynamo_lite.errors import NoInstance
-from dynamo_lite.plane.wire import Holder, Incarnation, InstanceRecord, Role
+from dynamo_lite.plane.wire import Holder, Incarnation, Role
 from dynamo_lite.router import metrics
-from dynamo_lite.router.cost import Candidate, cheapest, reason, score
-from dynamo_lite.router.load import Booking
+from dynamo_lite.router.bookings import BookingLedger
+from dynamo_lite.router.cost import (
+    HERE,
+    PULL,
+    RELUCTANCE,
+    Policy,
+    Prefill,
+    Prompt,
+    Usual,
+    Worker,
+    cheapest,
+    line,
+    predict,
+    prefill,
+    softmax,
+    waiting,
+)
+from dynamo_lite.router.explain import Considered
+from dynamo_lite.router.placement import Placement
 from dynamo_lite.router.roster import Instance, Roster
 from kvbm.events import Tier
 from kvbm.hashing import block_hashes
 
-
-@dataclass(slots=True)
-class Placement:
-    """Where one request goes, and why."""
-
-    decode: InstanceRecord
-    prefill: tuple[InstanceRecord, ...]  # candidates, best first; empty: the decode worker computes
-    overlap_blocks: int
-    prompt_blocks: int
-    reason: str
-    scores: dict[str, float]  # by worker name, lower is better
-    holder: Holder | None  # has more of the prompt than the decode worker
-    _decode: Instance
-    _prefill: Instance | None
-    _computing: list[Booking] = field(default_factory=list)
-
-    @contextmanager
-    def booked(self) -> Iterator[None]:
-        """Count the request as load of its workers while the body runs."""
-        missing = self.prompt_blocks - self.overlap_blocks
-        with ExitStack() as bookings:
-            # What is missing is work for whoever computes it, until the first token; the context is work for the
-            # decode worker at every step.
-            computes = self._prefill or self._decode
-            missing_there = missing * _block_size(self._decode) / _block_size(computes)
-            bookings.enter_context(self._decode.load.booked(self.prompt_blocks))
-            self._computing.append(bookings.enter_context(computes.load.booked(missing_there)))
-            yield
-
-    def observed(self, cached_tokens: int) -> None:
-        """The first token came: the prompt is computed, and this much of it was on the decode worker."""
-        for booking in self._computing:
-            booking.reduce(booking.blocks)
-        actual = cached_tokens // self.decode.fingerprint.block_size
-        metrics.PREDICTED_BLOCKS.inc(self.overlap_blocks)
-        metrics.ACTUAL_BLOCKS.inc(actual)
-        metrics.MISPREDICTED_BLOCKS.set(self.overlap_blocks - actual)
-
-
-def _block_size(instance: Instance) -> int:
-    return instance.record.fingerprint.block_size
+_EVERY_ROLE = tuple(Role)
 
 
 class Overlap(NamedTuple):
@@ -89,9 +65,13 @@ def _overlap(depths: Sequence[tuple[Tier, int]], longest: int) -> Overlap:
 class Router:
     """Chooses workers for requests."""
 
-    def __init__(self, roster: Roster, weights: config.Router) -> None:
+    def __init__(self, roster: Roster, weights: config.Router, seed: int | None = None) -> None:
+        """`seed`: of what `temperature` and the mode `random` leave to chance."""
+        self.bookings = BookingLedger(roster)
         self._roster, self._weights = roster, weights
         self._turn = 0
+        self._policy = Policy(RELUCTANCE if weights.remote_prefill == "auto" else 0.0, weights.patience_ms)
+        self._random = random.Random(seed)  # noqa: S311  # nobody gains by guessing it
 
     def place(
         self,
@@ -101,37 +81,58 @@ class Router:
         exclude: Collection[Incarnation] = (),
     ) -> Placement:
         """The cheapest decode worker and its prefill candidates. NoInstance when none is left."""
-        usable = self._roster.usable((Role.DECODE, Role.BOTH))
-        instances = [each for each in usable if each.record.incarnation not in exclude]
-        if not instances:
+        roster = self._roster
+        everyone = roster.usable(_EVERY_ROLE)
+        able = [each for each in everyone if each.record.incarnation not in exclude] if exclude else everyone
+        decoding = [each for each in able if each.record.role is not Role.PREFILL]
+        if not decoding:
             raise NoInstance("decode", len(exclude))
-        overlaps = self._overlaps(self._roster.usable(tuple(Role)), token_ids, cache_salt)
-        candidates = []
-        for each in instances:
-            blocks = -(-len(token_ids) // each.record.fingerprint.block_size)
-            overlap = overlaps.get(each.record.incarnation, _NONE)
-            candidates.append(
-                Candidate(each.record.name, blocks, overlap.blocks, each.load.busy_blocks, overlap.beneath)
-            )
-        scores = [score(candidate, self._weights) for candidate in candidates]
-        chosen = cheapest(scores, self._turn)
+        roster.settle_paces()
+        overlaps = self._overlaps(everyone, token_ids, cache_salt)
+        if any(each.waiting for each in everyone):
+            self._guess(everyone, overlaps, token_ids, cache_salt)
+        prefills = self._prefills(able, len(token_ids), overlaps)
+        considered = self._consider(decoding, able, overlaps, prefills, len(token_ids))
         self._turn += 1
-        prefill = self._prefill_candidates(instances[chosen], exclude)
-        holder = self._holder(instances[chosen], overlaps, exclude)
-        winner = candidates[chosen]
-        metrics.PLACED.labels(winner.name).inc()
-        metrics.PROMPT_BLOCKS.inc(winner.prompt_blocks)
+        chosen = decoding[considered.chosen]
+        if chosen.waiting:
+            chosen.recent.note(block_hashes(token_ids, chosen.block_size, cache_salt), roster.clock())
+        return self._placement(chosen, considered, overlaps, able, prefills)
+
+    def _placement(
+        self,
+        decode: Instance,
+        considered: Considered,
+        overlaps: dict[str, Overlap],
+        able: Sequence[Instance],
+        prefills: Sequence[tuple[Instance, Prefill]],
+    ) -> Placement:
+        prompt, way = considered.prompts[considered.chosen], considered.predictions[considered.chosen].way
+        holder = self._holder(decode, overlaps, able)
+        candidates = [] if way == HERE else [each for each, _ in self._fitting(decode, prefills)]
+        computes, held = decode, prompt.held
+        if way == PULL and holder is not None:
+            held = holder.tokens
+        elif candidates:
+            computes = candidates[0]
+            held = _tokens_held(computes, overlaps)
+        blocks = -(-prompt.tokens // prompt.block_size)
+        metrics.placed(decode.record.name).inc()
+        metrics.PROMPT_BLOCKS.inc(blocks)
         return Placement(
-            decode=instances[chosen].record,
-            prefill=tuple(each.record for each in prefill),
-            overlap_blocks=winner.overlap_blocks,
-            prompt_blocks=winner.prompt_blocks,
-            reason=reason(candidates, chosen, self._weights),
-            scores={candidate.name: value for candidate, value in zip(candidates, scores, strict=True)},
+            decode=decode.record,
+            prefill=tuple(each.record for each in candidates[: self._weights.prefill_candidates]),
+            overlap_blocks=prompt.held // prompt.block_size,
+            prompt_blocks=blocks,
             holder=holder,
-            _decode=instances[chosen],
-            _prefill=prefill[0] if prefill else None,
+            considered=considered,
+            computes=computes.record.incarnation,
+            missing_tokens=prompt.tokens - held,
+            at=self._roster.clock(),
+            _ledger=self.bookings,
         )
+
+    # ---- what is known of the prompt ----
 
     def _overlaps(
         self, instances: Sequence[Instance], token_ids: Sequence[int], cache_salt: str | None
@@ -140,8 +141,8 @@ class Router:
 
         The last token is always computed, so a block that ends the prompt is never of use.
         """
-        sizes = {each.record.fingerprint.block_size for each in instances}
-        if self._weights.mode != "kv" or len(token_ids) < 2:
+        sizes = {each.block_size for each in instances}
+        if len(token_ids) < 2:
             return {}
         overlaps: dict[str, Overlap] = {}
         index = self._roster.index
@@ -150,35 +151,135 @@ class Router:
             depths = [(tier, index.match(hashes, tier)) for tier in (Tier.DEVICE, *index.beneath)]
             longest = (len(token_ids) - 1) // size
             for each in instances:
-                if each.record.fingerprint.block_size == size:
+                if each.block_size == size:
                     incarnation = each.record.incarnation
                     mine = [(tier, found.get(incarnation, 0)) for tier, found in depths]
                     overlaps[incarnation] = _overlap(mine, longest)
         return overlaps
 
-    def _holder(
-        self, decode: Instance, overlaps: dict[str, Overlap], exclude: Collection[Incarnation]
-    ) -> Holder | None:
-        """Who has the longest prefix, if that is longer than the decode worker's.
+    def _guess(
+        self,
+        instances: Sequence[Instance],
+        overlaps: dict[str, Overlap],
+        token_ids: Sequence[int],
+        cache_salt: str | None,
+    ) -> None:
+        """Of workers whose blocks are not known at the moment: what was placed there since ought to be there."""
+        now = self._roster.clock()
+        for each in instances:
+            if each.waiting and len(each.recent):
+                hashes = block_hashes(token_ids, each.block_size, cache_salt)[: (len(token_ids) - 1) // each.block_size]
+                depth, incarnation = each.recent.match(hashes, now), each.record.incarnation
+                if depth > overlaps.get(incarnation, _NONE).blocks:
+                    overlaps[incarnation] = Overlap(depth)
+
+    # ---- what it costs ----
+
+    def _consider(
+        self,
+        decoding: Sequence[Instance],
+        able: Sequence[Instance],
+        overlaps: dict[str, Overlap],
+        prefills: Sequence[tuple[Instance, Prefill]],
+        tokens: int,
+    ) -> Considered:
+        blind = self._weights.mode == "least_loaded"
+        prompts = [_prompt(each, tokens, overlaps) for each in decoding]
+        crowding = self._roster.inflows.crowding([each.inflow for each in decoding])
+        workers = list(map(_worker, decoding, crowding))
+        usual = Usual(min([waiting(worker, tokens) for worker in workers]), self._roster.token_ms)
+        pulls = self._pulls(decoding, able, overlaps)
+        predictions = []
+        for each, worker, prompt, pulled in zip(decoding, workers, prompts, pulls, strict=True):
+            remote = next(iter(self._fitting(each, prefills)), None) if prefills else None
+            seen = Prompt(tokens, prompt.block_size) if blind else prompt
+            predictions.append(predict(worker, seen, usual, remote and remote[1], pulled, self._policy))
+        chosen = self._choose([one.total for one in predictions])
+        return Considered(self._weights.mode, workers, prompts, predictions, chosen)
+
+    def _choose(self, costs: Sequence[float]) -> int:
+        match self._weights.mode:
+            case "round_robin":
+                return self._turn % len(costs)
+            case "random":
+                return self._random.randrange(len(costs))
+        if self._weights.temperature:
+            return softmax(costs, self._weights.temperature, self._random)
+        return cheapest(costs, self._turn)
+
+    def _pulls(
+        self, decoding: Sequence[Instance], able: Sequence[Instance], overlaps: dict[str, Overlap]
+    ) -> Sequence[int]:
+        """For each, how many tokens of the prompt some other worker holds."""
+        if all(each.pace.pull is None for each in decoding):
+            return (0,) * len(decoding)
+        longest = sorted(((_tokens_held(each, overlaps), each.number) for each in able), reverse=True)[:2]
+        return [next((held for held, number in longest if number != each.number), 0) for each in decoding]
+
+    # ---- whom it involves besides ----
+
+    def _prefills(
+        self, able: Sequence[Instance], tokens: int, overlaps: dict[str, Overlap]
+    ) -> list[tuple[Instance, Prefill]]:
+        """Prefill workers by what each takes for the prompt; equal ones take turns."""
+        found = [each for each in able if each.record.role is Role.PREFILL]
+        if not found:
+            return []
+        first = self._turn % len(found)
+        found = [*found[first:], *found[:first]]
+        workers = list(map(_worker, found))
+        shortest = min(line(worker.pace.prefill, worker.queued_tokens) for worker in workers)
+        usual = Usual(shortest, self._roster.token_ms)
+        costs = [
+            (each, prefill(worker, _prompt(each, tokens, overlaps), usual, self._policy))
+            for each, worker in zip(found, workers, strict=True)
+        ]
+        return sorted(costs, key=lambda each: each[1].total)
+
+    def _fitting(
+        self, decode: Instance, prefills: Sequence[tuple[Instance, Prefill]]
+    ) -> Iterator[tuple[Instance, Prefill]]:
+        """Those that can push KV to this decode worker."""
+        if decode.record.role is not Role.BOTH:
+            yield from (each for each in prefills if self._roster.fits(decode, each[0]))
+
+    def _holder(self, decode: Instance, overlaps: dict[str, Overlap], able: Sequence[Instance]) -> Holder | None:
+        """Who, of any role, has the longest prefix, if that is longer than the decode worker's.
 
         Of several, one that has more of it on its device goes before others, and then one that is less busy.
         """
-        mine = overlaps.get(decode.record.incarnation, _NONE).blocks * _block_size(decode)
-        found: list[tuple[int, int, Incarnation]] = []
-        for each in self._roster.holders(decode) if overlaps else ():
-            incarnation, size = each.record.incarnation, _block_size(each)
-            overlap = overlaps.get(incarnation, _NONE)
-            if overlap.blocks * size > mine and incarnation not in exclude:
-                found.append((overlap.blocks * size, -overlap.in_tiers * size, incarnation))
-        best = max(found, key=lambda each: each[:2], default=None)  # the first of equal ones
-        return None if best is None else Holder(best[2], best[0])
+        mine = _tokens_held(decode, overlaps)
+        best: tuple[int, int, float] | None = None
+        found: Instance | None = None
+        for each in able:
+            held = _tokens_held(each, overlaps)
+            if held > mine and each is not decode and self._roster.fits(decode, each):
+                in_tiers = overlaps[each.record.incarnation].in_tiers * each.block_size
+                rank = (held, -in_tiers, -each.load.sequences)
+                if best is None or rank > best:
+                    best, found = rank, each
+        return None if found is None or best is None else Holder(found.record.incarnation, best[0])
 
-    def _prefill_candidates(self, decode: Instance, exclude: Collection[Incarnation]) -> list[Instance]:
-        if decode.record.role is Role.BOTH:
-            return []
-        fitting = [each for each in self._roster.prefillers(decode) if each.record.incarnation not in exclude]
-        if fitting:
-            # Of those that are equally idle another one is first each time.
-            first = cheapest([each.load.busy_blocks for each in fitting], self._turn)
-            fitting.insert(0, fitting.pop(first))
-        return fitting[: self._weights.prefill_candidates]
+
+def _tokens_held(instance: Instance, overlaps: dict[str, Overlap]) -> int:
+    return overlaps.get(instance.record.incarnation, _NONE).blocks * instance.block_size
+
+
+def _prompt(instance: Instance, tokens: int, overlaps: dict[str, Overlap]) -> Prompt:
+    overlap, size = overlaps.get(instance.record.incarnation, _NONE), instance.block_size
+    beneath = tuple((tier, count * size) for tier, count in overlap.beneath) if overlap.beneath else ()
+    return Prompt(tokens, size, overlap.blocks * size, beneath)
+
+
+def _worker(instance: Instance, crowded: float = 1.0) -> Worker:
+    load, record, size = instance.load, instance.record, instance.block_size
+    return Worker(
+        record.name,
+        instance.pace,
+        load.queued_tokens(instance.pace.prefill[1]),
+        load.sequences,
+        record.max_num_seqs,
+        load.used_blocks * size,
+        record.kv_blocks * size,
+        crowded,
+    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,15 +46,15 @@ class Load:
 
 
 class Fleet:
-    """On one event loop, from `open` to the end of `replay`."""
+    """On one event loop, from the start to the end of `replay`."""
 
     def __init__(self, config: Config, kv_bytes: int, load: Load, told: Told) -> None:
         """`config`: in the trace's blocks. `kv_bytes`: of a token. Raises ConfigError."""
         self.gaps, self.answers, self.refused = Gaps(), list[Answer](), 0
         self._load, self._told, self._hashes = load, told, Hashes(load.block)
         self._min_remote_tokens = config.kv_transfer.min_remote_tokens
-        roster, bucket = Roster(lambda _: None), Bucket()
-        self._router = Router(roster, config.router)
+        roster, bucket = Roster(lambda _: None, asyncio.get_running_loop().time), Bucket()
+        self._router = Router(roster, config.router, load.seed)
         self.workers: dict[Incarnation, SimWorker] = {}
         for role in Role:
             group = getattr(config.workers, role.value)
@@ -146,10 +145,14 @@ def simulate(config: Config, kv_bytes: int, load: Load, told: Told = lambda _: N
 
     The same arguments give the same figures. Raises ConfigError.
     """
-    random.seed(load.seed)
-    fleet = Fleet(config, kv_bytes, load, told)
+
+    async def whole() -> Fleet:
+        fleet = Fleet(config, kv_bytes, load, told)
+        await fleet.replay()
+        return fleet
+
     with _uncollected(), asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        runner.run(fleet.replay())
+        fleet = runner.run(whole())
     workers = [_figures(worker) for worker in fleet.workers.values()]
     return figures(
         fleet.answers, fleet.refused, fleet.gaps, workers, load.slo, block=load.block, gpus=gpus(config.workers)

@@ -18,8 +18,10 @@ from dynamo_lite.plane.wire import Fingerprint, Incarnation, InstanceRecord, Loa
 from dynamo_lite.router.roster import Roster
 from kvbm.events import KvEvent, KvEventBatch, KvSnapshot
 from kvbm.hashing import FullHash, HashedPrompt
+from kvbm.policy import PullCost
 from kvbm.pool import BlockPool
 from workers.engine import Output, TierLoad
+from workers.rates import Speeds
 from workers.sim_pace import StepTimes, Work
 from workers.sim_scheduler import Scheduler, Step
 from workers.sim_sequence import Sequence
@@ -111,12 +113,14 @@ class SimWorker:
         self.block_size = sim.block_size
         self._times, self.link = StepTimes(sim), Lane(sim.transfer_ms_per_block)
         layout = _layout(sim.block_size, kv_bytes)
+        self._speeds = Speeds(PullCost(), sim.block_size, layout.block_bytes)
         self.record = self._record(config, layout, group.max_num_seqs)
         self._roster = roster
         self._tiers: SimTiers | None = None
         if config.kv_tiers.host is not None:
             self._tiers = SimTiers(config, layout, bucket, self._tell)
             self._scheduler.worth_reading, self._scheduler.completed = self._tiers.worth, self._tiers.completed
+            self._speeds.onboarding = self._tiers.cost
         self.held = 0  # blocks that are being moved
         self._kv_seq = self._load_seq = 0
         self._told_running = False
@@ -228,8 +232,7 @@ class SimWorker:
         self.counts.steps += step.repeats
         self.counts.busy_s += now - self._since
         self.counts.computed_tokens += work.tokens
-        if self._tiers is not None and step.repeats == 1:
-            self._tiers.cost.computed(work.tokens, once)
+        self._learn(work, once)
         first_at = min(self._since + once, now)
         for sequence, output in self._scheduler.finish(step, step.repeats):
             assert isinstance(sequence, PlannedSequence)
@@ -237,10 +240,21 @@ class SimWorker:
                 count = sequence.news()
                 self.counts.generated_tokens += count
                 sequence.owner.tokens(sequence, count, first_at, now)
+            if output.finish:
+                self._speeds.answers.ended(sequence.generated)
             if output.finish or not sequence.generates:
                 sequence.owner.ended(sequence, now)
         self._tell(self._pool.events())
         self._begin()
+
+    def _learn(self, work: Work, seconds: float) -> None:
+        """A step took so long."""
+        if not work.tokens:
+            self._speeds.steps.took(work.decodes, seconds)
+            return
+        self._speeds.cost.computed(work.tokens, seconds)
+        if self._tiers is not None:
+            self._tiers.cost.computed(work.tokens, seconds)
 
     def _onboarded(self, sequence: Sequence, blocks: int) -> None:
         self._scheduler.onboarded(sequence, blocks)
@@ -267,7 +281,7 @@ class SimWorker:
         self._roster.take_report(
             LoadReport(
                 self.record.incarnation, self._load_seq, scheduler.running, scheduler.waiting, pool.pinned, pool.size,
-                self.held, self._kv_seq,
+                self.held, self._kv_seq, queued_tokens=scheduler.queued_tokens, rates=self._speeds.rates(),
             )
         )  # fmt: skip
 

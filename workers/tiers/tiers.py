@@ -175,6 +175,7 @@ class Tiers:
         if most <= 0 or not (self.storages or self.manager.stored):
             return None
         hashes = full_block_hashes(token_ids[: most * self._block_size], self._block_size, cache_salt)
+        self.manager.used(hashes)
         for storage in self.storages:
             storage.used(hashes)
         found = self._find(hashes[local:])

@@ -112,7 +112,7 @@ async def test_two_routers_see_each_others_requests_through_the_workers_reports(
             await until(fleet, lambda fleet=fleet: len(fleet.usable([D0.role])) == 2)  # type: ignore[misc]
         await two.report()
         await one.report(used=20, running=1)  # a request that `there` placed on D0
-        await until(here, lambda: any(each.load.busy_blocks for each in here.usable([D0.role])))
+        await until(here, lambda: any(each.load.sequences for each in here.usable([D0.role])))
         router = Router(here, Weights())
         assert [router.place(PROMPT).decode for _ in range(3)] == [D1] * 3
 

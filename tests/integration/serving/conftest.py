@@ -92,7 +92,7 @@ def pair(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iter
         "workers": {"both": GROUP | {"count": 2, "kv_cache": "18MiB"}},
         "kv_tiers": {"host": {"size": "64MiB"}},
         "kv_transfer": {"verify": True, "pull": "always"},
-        "router": {"overlap_weight": 0},
+        "router": {"mode": "least_loaded"},
     }
     with serve(tmp_path_factory.mktemp("pair"), base | config) as deployment:
         yield deployment

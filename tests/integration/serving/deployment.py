@@ -134,13 +134,17 @@ def until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> 
 
 @contextmanager
 def serve(folder: Path, config: Mapping[str, Any]) -> Iterator[Deployment]:
-    """Serve `config` (state folder, free port and trace file are added) until the end of the block."""
+    """Serve `config` (state folder, free port and trace file are added) until the end of the block.
+
+    Unless it says otherwise, no request but a test's own is sent, and where a prompt is computed depends on no timing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     whole: dict[str, Any] = {
         **config,
         "namespace": "test",
         "state_dir": str(folder / "state"),
         "frontend": {"port": 0, **config.get("frontend", {})},
+        "router": {"self_test": False, "remote_prefill": "always", **config.get("router", {})},
         "telemetry": {"traces": {"file": str(folder / "traces.jsonl")}},
     }
     file = folder / "test.yaml"

@@ -33,7 +33,7 @@ def trio(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iter
     config: dict[str, Any] = {
         "workers": {"prefill": GROUP, "decode": GROUP | {"count": 2}},
         "kv_transfer": {"verify": True, "pull": "always"},
-        "router": {"overlap_weight": 0},
+        "router": {"mode": "least_loaded"},
     }
     with serve(tmp_path_factory.mktemp("trio"), base | config) as deployment:
         yield deployment

@@ -63,6 +63,16 @@ def test_what_gives_way_to_others_is_told() -> None:
     assert manager.counts.evicted == 1
 
 
+def test_a_block_that_is_in_use_on_the_device_is_kept_longer_than_one_that_is_not() -> None:
+    manager = BlockManager(3, ranks=1)
+    offload(manager, 1, 2, 3)
+    manager.used([named(1), named(2), named(9)])
+    offload(manager, 4)
+    assert [manager.find(named(number)) is None for number in (1, 2, 3)] == [False, False, True]
+    offload(manager, 5)
+    assert manager.find(named(1)) is not None, "of one prefix the tail goes first"
+
+
 def test_a_corrupt_block_is_dropped_counted_and_told_once_though_it_is_pinned() -> None:
     manager = BlockManager(1, ranks=1)
     offload(manager, 1)

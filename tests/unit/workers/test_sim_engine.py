@@ -381,3 +381,18 @@ def test_a_request_that_comes_ends_a_burst_of_steps_at_the_end_of_one(model: Pat
     # computes its prompt; and all the others, but for one that its end cuts off.
     assert arrivals == [(0.0, 1), (0.11, 11), (0.12, 1), (0.13, 1), (0.59, 46)]
     assert waited == pytest.approx(0.017)
+
+
+async def test_what_is_measured_and_queued_is_part_of_the_load(engine: MakeEngine) -> None:
+    one = await engine(prefill_ms_per_token=0.1, decode_step_ms=2)
+    assert one.load().rates.prefill is None
+    await generate(one, PROMPT, greedy(6))
+    rates = one.load().rates
+    assert rates.prefill == pytest.approx((0.0, 0.1), abs=1e-9)
+    assert rates.step == pytest.approx((2.0, 0.0), abs=1e-9)
+    assert rates.answer_tokens == 6
+    tasks = [asyncio.create_task(generate(one, [20 + number, *PROMPT])) for number in range(3)]
+    await asyncio.sleep(0)
+    assert one.load().queued_tokens == 3 * (len(PROMPT) + 1)
+    await asyncio.gather(*tasks)
+    assert one.load().queued_tokens == 0

@@ -382,3 +382,15 @@ def test_sequences_computed_elsewhere_have_room_for_the_token_that_comes_with_th
     waiting[2].fetch = None
     batch.run()
     assert all(len(batch.text(str(number))) == (3, 3, 4)[number] for number in range(3))
+
+
+def test_queued_tokens_are_those_of_prompts_that_are_neither_cached_nor_computed() -> None:
+    batch = Batch(budget=16)
+    batch.add("first", list(range(10, 42)))
+    assert batch.scheduler.queued_tokens == 32
+    batch.step()
+    assert batch.scheduler.queued_tokens == 16
+    batch.add("second", list(range(10, 26)) + list(range(60, 72)))
+    assert batch.scheduler.queued_tokens == 16 + 12, "of the second, 16 are cached by now"
+    batch.run()
+    assert batch.scheduler.queued_tokens == 0

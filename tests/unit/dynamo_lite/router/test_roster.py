@@ -6,9 +6,9 @@ import logging
 
 import pytest
 
-from dynamo_lite.plane.wire import Role
+from dynamo_lite.plane.wire import Rates, Role
 from dynamo_lite.router import roster as roster_module
-from dynamo_lite.router.roster import Instance, Roster
+from dynamo_lite.router.roster import PACES_S, Instance, Roster
 from kvbm.events import BlocksStored, KvEventBatch, KvSnapshot, Tier
 from tests.instances import instance, record, report, roster, store
 
@@ -81,13 +81,13 @@ def test_a_report_reveals_that_the_last_batch_was_lost() -> None:
 def test_a_worker_that_left_is_forgotten_with_its_blocks_and_bookings() -> None:
     workers = roster(D0, D1)
     store(workers, D0, [1, 2])
-    with instance(workers, D0).load.booked(10):
+    with instance(workers, D0).load.booked(160, 10, 0.1):
         workers.leave(D0.incarnation)
         assert D0.incarnation not in workers
         assert workers.index.match([1]) == {}
         workers.join(D0)
-        assert instance(workers, D0).load.busy_blocks == 0
-    assert instance(workers, D0).load.busy_blocks == 0
+        assert instance(workers, D0).load.used_blocks == 0
+    assert instance(workers, D0).load.used_blocks == 0
     workers.leave(D0.incarnation)
     workers.leave(D0.incarnation)
     workers.take_batch(batch(D0.incarnation, 1, 1))
@@ -113,26 +113,39 @@ def test_a_draining_worker_gets_nothing() -> None:
     assert [each.record for each in workers.usable([Role.DECODE])] == [D1]
 
 
-def test_prefill_candidates_are_compatible_and_least_loaded_first(caplog: pytest.LogCaptureFixture) -> None:
-    p0, p1 = record("prefill-0", Role.PREFILL), record("prefill-1", Role.PREFILL)
-    other = record("prefill-2", Role.PREFILL, dtype="fp8_e4m3")
-    workers = roster(D0, p0, p1, other)
-    workers.take_report(report(p0, 1, used=30, running=2))
+def test_who_can_take_kv_from_whom_is_settled_once(caplog: pytest.LogCaptureFixture) -> None:
+    p0, other = record("prefill-0", Role.PREFILL), record("prefill-2", Role.PREFILL, dtype="fp8_e4m3")
+    workers = roster(D0, D1, p0, other)
     with caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            assert [each.record for each in workers.prefillers(instance(workers, D0))] == [p1, p0]
+        for decode in (D0, D1, D0):
+            assert workers.fits(instance(workers, decode), instance(workers, p0))
+            assert not workers.fits(instance(workers, decode), instance(workers, other))
     said = [line.getMessage() for line in caplog.records]
     assert said == [
         "decode-0 cannot take KV from prefill-2: the prefill worker stores KV as fp8_e4m3, the decode worker as float32"
-    ]
+    ], "workers of one kind are not asked one by one"
 
 
-def test_prefill_workers_whose_kv_is_converted_on_its_way_are_candidates_like_any_other() -> None:
-    others = [
-        record("prefill-0", Role.PREFILL, tensor_parallel=2),
-        record("prefill-1", Role.PREFILL, block_size=64),
-        record("prefill-2", Role.PREFILL, dtype="bfloat16"),
-        record("prefill-3", Role.PREFILL, keys="HND", values="HND"),
-    ]
-    workers = roster(D0, *others)
-    assert {each.record.name for each in workers.prefillers(instance(workers, D0))} == {each.name for each in others}
+@pytest.mark.parametrize(
+    "layout", [{"tensor_parallel": 2}, {"block_size": 64}, {"dtype": "bfloat16"}, {"keys": "HND", "values": "HND"}]
+)
+def test_kv_that_is_converted_on_its_way_can_be_taken_like_any_other(layout: dict[str, object]) -> None:
+    sender = record("prefill-0", Role.PREFILL, **layout)
+    workers = roster(D0, sender)
+    assert workers.fits(instance(workers, D0), instance(workers, sender))
+
+
+def test_paces_follow_reports_and_not_more_often_than_once_a_second() -> None:
+    now = 100.0
+    workers = Roster(lambda _: None, lambda: now)
+    workers.join(D0)
+    workers.settle_paces()
+    guessed = instance(workers, D0).pace
+    for seq, prefill in enumerate([(1.0, 0.5), (1.0, 0.7), (1.0, 0.9)]):
+        workers.take_report(report(D0, seq + 1, rates=Rates(prefill=prefill)))
+        workers.settle_paces()
+    assert guessed.prefill != (1.0, 0.5)
+    assert instance(workers, D0).pace.prefill == (1.0, 0.5), "the first is of use at once"
+    now += PACES_S
+    workers.settle_paces()
+    assert instance(workers, D0).pace.prefill == (1.0, 0.9)

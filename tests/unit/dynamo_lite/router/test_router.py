@@ -9,28 +9,35 @@ import pytest
 
 from dynamo_lite.config import Router as Weights
 from dynamo_lite.errors import NoInstance
-from dynamo_lite.plane.wire import Holder, Role
+from dynamo_lite.plane.wire import Holder, Rates, Role
 from dynamo_lite.router import metrics
 from dynamo_lite.router.router import Router
-from kvbm.events import Tier
+from kvbm.events import KvEventBatch, KvSnapshot, Tier
 from kvbm.hashing import block_hashes
 from tests.instances import instance, record, report, roster, store
 
 D = [record(f"decode-{i}") for i in range(4)]
 P = [record(f"prefill-{i}", Role.PREFILL) for i in range(3)]
 PROMPT = list(range(1000, 1320))  # 20 blocks
+RATES = Rates(prefill=(4.0, 1.0))
 
 
 def test_a_request_goes_to_the_worker_that_holds_its_prefix_and_says_so() -> None:
-    workers = roster(D[0], D[1])
+    workers = roster(D[0], D[1], clock=lambda: 100.0)
+    store(workers, D[0], block_hashes(PROMPT[16:208], 16))  # of no use
     store(workers, D[1], block_hashes(PROMPT[:192], 16))
-    workers.take_report(report(D[0], 1, used=5, running=1))
-    workers.take_report(report(D[1], 1, used=3, running=1))
+    for each in D[:2]:
+        workers.take_report(report(each, 1, queued_tokens=10, rates=RATES))
     placement = Router(workers, Weights()).place(PROMPT)
     assert placement.decode == D[1]
     assert (placement.overlap_blocks, placement.prompt_blocks) == (12, 20)
-    assert placement.reason == "prefix 12/20 blocks on decode-1; load 3.0 vs 5.0"
-    assert placement.scores == {"decode-0": 25.0, "decode-1": 11.0}
+    assert placement.reason == (
+        "prefix 12/20 blocks on decode-1; first token in 146 ms (queue 14, prefill 132); cost 3986, decode-0 9938"
+    )
+    assert placement.scores == pytest.approx({"decode-0": 9938, "decode-1": 3986}, rel=0.01)
+    assert placement.parts == pytest.approx(
+        {"queue": 14, "prefill": 132, "transfer": 0, "onboard": 0, "decode": 0, "work": 3840, "late": 0}, rel=0.05
+    )
 
 
 def test_a_prefix_everyone_shares_does_not_herd_requests_onto_one_worker() -> None:
@@ -43,8 +50,10 @@ def test_a_prefix_everyone_shares_does_not_herd_requests_onto_one_worker() -> No
             placement = router.place([*PROMPT[:64], *([i] * 256)])
             running.enter_context(placement.booked())
             placed[placement.decode.name] += 1
+            if not placement.overlap_blocks:
+                store(workers, placement.decode, block_hashes(PROMPT[:64], 16))
     assert max(placed.values()) - min(placed.values()) <= 2
-    assert all(instance(workers, each).load.busy_blocks == 0 for each in D)
+    assert all(instance(workers, each).load.sequences == 0 for each in D)
 
 
 def test_equally_good_workers_take_turns() -> None:
@@ -58,8 +67,28 @@ def test_round_robin_and_least_loaded_ignore_prefixes() -> None:
     turns = Router(workers, Weights(mode="round_robin"))
     assert [turns.place(PROMPT).decode.name for _ in range(5)] == [D[i % 4].name for i in range(5)]
     for i, each in enumerate(D):
-        workers.take_report(report(each, 1, used=10 - i, running=1))
-    assert Router(workers, Weights(mode="least_loaded")).place(PROMPT).decode == D[3]
+        workers.take_report(report(each, 1, queued_tokens=4000 - 1000 * i))
+    placement = Router(workers, Weights(mode="least_loaded")).place(PROMPT)
+    assert placement.decode == D[3]
+    assert placement.reason.startswith("least loaded: decode-3; ")
+    assert placement.holder == Holder(D[0].incarnation, 304), "it may be pulled nevertheless"
+
+
+def test_random_placement_repeats_with_its_seed_and_leaves_nobody_out() -> None:
+    names = [
+        [Router(roster(*D), Weights(mode="random"), seed=seed).place(PROMPT).decode.name for seed in range(20)]
+        for _ in range(2)
+    ]
+    assert names[0] == names[1]
+    assert set(names[0]) == {each.name for each in D}
+
+
+def test_temperature_lets_a_dearer_worker_have_some_requests() -> None:
+    workers = roster(D[0], D[1])
+    store(workers, D[0], block_hashes(PROMPT[:64], 16))
+    router = Router(workers, Weights(temperature=0.5), seed=1)
+    counts = Counter(router.place(PROMPT).decode.name for _ in range(200))
+    assert counts["decode-0"] > counts["decode-1"] > 20
 
 
 def test_the_block_that_ends_a_prompt_is_no_hit_since_its_last_token_is_computed() -> None:
@@ -101,28 +130,74 @@ def test_prefill_candidates_are_few_and_the_idle_ones_take_turns() -> None:
     assert Counter(candidates[0].name for candidates in firsts) == {each.name: 2 for each in P}
 
 
-def test_the_missing_blocks_are_the_prefill_workers_load_until_the_first_token() -> None:
-    workers = roster(D[0], P[0])
-    placement = Router(workers, Weights()).place(PROMPT)
-    decode, prefill = instance(workers, D[0]).load, instance(workers, P[0]).load
-    with placement.booked():
-        assert (decode.busy_blocks, prefill.busy_blocks) == (20, 20)
-        placement.observed(0)
-        assert (decode.busy_blocks, prefill.busy_blocks) == (20, 0)
-    assert (decode.busy_blocks, prefill.busy_blocks) == (0, 0)
-
-
-def test_what_a_prefill_worker_computes_is_counted_in_its_own_blocks() -> None:
+def test_the_missing_tokens_are_the_prefill_workers_queue_until_the_first_token() -> None:
     prefill = record("prefill-0", Role.PREFILL, block_size=64)
     workers = roster(D[0], prefill)
-    with Router(workers, Weights()).place(PROMPT).booked():
-        assert instance(workers, prefill).load.busy_blocks == 5
+    store(workers, prefill, block_hashes(PROMPT[:128], 64))
+    store(workers, D[0], block_hashes(PROMPT[:64], 16))
+    placement = Router(workers, Weights()).place(PROMPT)
+    decode, computes = instance(workers, D[0]).load, instance(workers, prefill).load
+    with placement.booked():
+        assert (decode.queued_tokens(1e9), decode.sequences, decode.used_blocks) == (0, 1, 20)
+        assert (round(computes.queued_tokens(1e9)), computes.sequences, computes.used_blocks) == (192, 1, 3)
+        placement.observed(0)
+        assert (decode.sequences, computes.sequences, computes.used_blocks) == (1, 0, 0)
+    assert (decode.sequences, decode.used_blocks) == (0, 0)
 
 
-def test_without_prefill_workers_the_decode_worker_has_the_missing_blocks_as_well() -> None:
+def test_without_prefill_workers_the_decode_worker_computes_what_is_missing() -> None:
     workers = roster(D[0])
+    store(workers, D[0], block_hashes(PROMPT[:64], 16))
     with Router(workers, Weights()).place(PROMPT).booked():
-        assert instance(workers, D[0]).load.busy_blocks == 40
+        assert round(instance(workers, D[0]).load.queued_tokens(1e9)) == 256
+
+
+def test_the_prefill_worker_that_holds_the_prefix_goes_first_unless_its_queue_is_too_long() -> None:
+    workers = roster(D[0], *P)
+    store(workers, P[1], block_hashes(PROMPT[:192], 16))
+    router = Router(workers, Weights())
+    assert router.place(PROMPT).prefill[0] == P[1]
+    workers.take_report(report(P[1], 1, queued_tokens=50_000))
+    assert router.place(PROMPT).prefill[-1] == P[1]
+
+
+def test_with_all_prefill_workers_behind_the_decode_worker_computes() -> None:
+    workers = roster(D[0], *P)
+    for each in P:
+        workers.take_report(report(each, 1, queued_tokens=5000))
+    placement = Router(workers, Weights()).place(PROMPT)
+    assert placement.prefill == ()
+    assert placement.computes == D[0].incarnation
+
+
+def test_a_prefill_worker_that_cannot_push_to_the_decode_worker_is_no_candidate() -> None:
+    other = record("prefill-9", Role.PREFILL, dtype="fp8_e4m3")
+    placement = Router(roster(D[0], other, P[0]), Weights()).place(PROMPT)
+    assert [each.name for each in placement.prefill] == ["prefill-0"]
+
+
+def test_a_worker_that_is_slower_gets_what_it_does_not_hold_only_when_others_are_busy() -> None:
+    slow = record("decode-9", tensor_parallel=2)
+    workers = roster(D[0], slow)
+    workers.take_report(report(D[0], 1, rates=Rates(prefill=(1.0, 0.1))))
+    workers.take_report(report(slow, 1, rates=Rates(prefill=(1.0, 1.0))))
+    router = Router(workers, Weights())
+    assert router.place(PROMPT).decode == D[0]
+    workers.take_report(report(D[0], 2, rates=Rates(prefill=(1.0, 0.1)), queued_tokens=100_000))
+    assert router.place(PROMPT).decode == slow
+
+
+def test_while_a_workers_blocks_are_unknown_its_own_decisions_tell_what_it_ought_to_hold() -> None:
+    workers = roster(D[0], D[1])
+    router = Router(workers, Weights())
+    for each in D[:2]:
+        workers.take_batch(KvEventBatch(each.incarnation, 5, ()))  # others before it were lost
+    first = router.place(PROMPT)
+    again = [router.place([*PROMPT, 1, 2]) for _ in range(4)]
+    assert {one.decode for one in again} == {first.decode}
+    assert again[0].overlap_blocks == 20
+    workers.take_snapshot(KvSnapshot(first.decode.incarnation, 5, {}))
+    assert router.place(PROMPT).overlap_blocks == 0, "the worker itself knows better"
 
 
 def test_predicted_minus_actual_hits_are_measured() -> None:
@@ -141,12 +216,12 @@ def test_a_prompt_shorter_than_a_block_is_placed(length: int) -> None:
 def test_of_two_workers_with_the_prefix_the_one_that_has_it_on_its_device_is_chosen() -> None:
     workers = roster(D[0], D[1])
     hashes = block_hashes(PROMPT[:192], 16)
-    store(workers, D[0], hashes[:4])
+    store(workers, D[0], [*hashes[:4], *range(8)])
     store(workers, D[0], hashes, Tier.HOST)
     store(workers, D[1], hashes)
     placement = Router(workers, Weights()).place(PROMPT)
     assert placement.decode == D[1]
-    assert placement.scores == {"decode-0": 8 + 0.05 * 8, "decode-1": 8.0}
+    assert placement.scores["decode-1"] < placement.scores["decode-0"] < 1.1 * placement.scores["decode-1"]
     alone = Router(workers, Weights()).place(PROMPT, exclude=[D[1].incarnation])
     assert alone.reason.startswith("prefix 12/20 blocks (8 in host memory) on decode-0")
 
@@ -160,7 +235,8 @@ def test_a_request_placed_elsewhere_names_the_worker_of_any_role_that_holds_its_
     placement = Router(workers, Weights()).place(PROMPT, exclude={D[1].incarnation})
     if role.decodes:
         assert (placement.decode, placement.holder) == (holder, None), "it is placed on the holder itself"
-        placement = Router(workers, Weights(overlap_weight=0)).place(PROMPT, exclude={D[1].incarnation})
+        workers.take_report(report(holder, 1, queued_tokens=100_000))
+        placement = Router(workers, Weights()).place(PROMPT, exclude={D[1].incarnation})
     assert placement.decode == D[0]
     assert placement.holder == Holder(holder.incarnation, 192)
 
