@@ -28,7 +28,7 @@ def config(
             "model": "tiny",
             "workers": {role: {"count": count} for role, count in workers.items()},
             "sim": {"block_size": BLOCK, "kv_blocks": 64, **PACES, **(sim or {})},
-            "router": router or {},
+            "router": {"remote_prefill": "always", **(router or {})},
             "kv_transfer": {"min_remote_tokens": 1},
             **more,
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-from dynamo_lite.router.router import Placement
+from dynamo_lite.router.placement import Placement
 from kvbm.hashing import HashedPrompt
 from workers.simulate.figures import Answer, Gaps
 from workers.simulate.trace import Request

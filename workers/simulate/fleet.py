@@ -48,12 +48,12 @@ class Load:
 class Fleet:
     """On one event loop, from the start to the end of `replay`."""
 
-    def __init__(self, config: Config, kv_bytes: int, load: Load, told: Told) -> None:
-        """`config`: in the trace's blocks. `kv_bytes`: of a token. Raises ConfigError."""
+    def __init__(self, config: Config, kv_bytes: int, load: Load, told: Told, clock: Callable[[], float]) -> None:
+        """`config`: in the trace's blocks. `kv_bytes`: of a token. `clock`: of the loop. Raises ConfigError."""
         self.gaps, self.answers, self.refused = Gaps(), list[Answer](), 0
         self._load, self._told, self._hashes = load, told, Hashes(load.block)
         self._min_remote_tokens = config.kv_transfer.min_remote_tokens
-        roster, bucket = Roster(lambda _: None, asyncio.get_running_loop().time), Bucket()
+        roster, bucket = Roster(lambda _: None, clock), Bucket()
         self._router = Router(roster, config.router, load.seed)
         self.workers: dict[Incarnation, SimWorker] = {}
         for role in Role:
@@ -146,13 +146,9 @@ def simulate(config: Config, kv_bytes: int, load: Load, told: Told = lambda _: N
     The same arguments give the same figures. Raises ConfigError.
     """
 
-    async def whole() -> Fleet:
-        fleet = Fleet(config, kv_bytes, load, told)
-        await fleet.replay()
-        return fleet
-
     with _uncollected(), asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        fleet = runner.run(whole())
+        fleet = Fleet(config, kv_bytes, load, told, runner.get_loop().time)
+        runner.run(fleet.replay())
     workers = [_figures(worker) for worker in fleet.workers.values()]
     return figures(
         fleet.answers, fleet.refused, fleet.gaps, workers, load.slo, block=load.block, gpus=gpus(config.workers)

@@ -29,8 +29,8 @@ from workers.simulate.worker import STEPS_AT_ONCE
 
 def answers(settings: Config, requests: list[Request]) -> list[Answer]:
     """In the order in which they came."""
-    fleet = Fleet(settings, KV_BYTES, Load(requests, BLOCK, SLO), lambda _: None)
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        fleet = Fleet(settings, KV_BYTES, Load(requests, BLOCK, SLO), lambda _: None, runner.get_loop().time)
         runner.run(fleet.replay())
     return sorted(fleet.answers, key=lambda answer: (answer.at_s, answer.prompt_tokens))
 
