@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
@@ -24,7 +24,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
-from opentelemetry.trace import NoOpTracer, Span, Tracer
+from opentelemetry.trace import NoOpTracer, Span, SpanKind, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from dynamo_lite.config import TraceExport
@@ -35,6 +35,7 @@ AttributeValue = str | bool | int | float | Sequence[str] | Sequence[int] | Sequ
 log = logging.getLogger(__name__)
 _propagator = TraceContextTextMapPropagator()
 _not_recording = NoOpTracer()
+_no_span = nullcontext(trace.INVALID_SPAN)
 _tracer: Tracer = _not_recording
 
 
@@ -65,10 +66,31 @@ def tracer() -> Tracer:
     return _tracer
 
 
+def spanning(
+    name: str,
+    parent: str | None = None,
+    kind: SpanKind = SpanKind.INTERNAL,
+    attributes: Mapping[str, AttributeValue] | None = None,
+    *,
+    record_exception: bool = True,
+) -> AbstractContextManager[Span]:
+    """The current span while the body runs: a child of the current one, or of the `traceparent` given as `parent`.
+
+    Where nothing is recorded and nobody has sent a trace context there is nothing to be current, and it costs nothing.
+    """
+    if _tracer is _not_recording and not parent:
+        return _no_span
+    context = None if parent is None else parent_context(parent)
+    return _tracer.start_as_current_span(name, context, kind, attributes, record_exception=record_exception)
+
+
 def traceparent(span: Span | None = None) -> str:
     """W3C `traceparent` of `span`, or of the current span; empty when there is no trace."""
+    found = trace.get_current_span() if span is None else span
+    if found is trace.INVALID_SPAN:
+        return ""
     carrier: dict[str, str] = {}
-    _propagator.inject(carrier, None if span is None else trace.set_span_in_context(span))
+    _propagator.inject(carrier, trace.set_span_in_context(found))
     return carrier.get("traceparent", "")
 
 

@@ -1,4 +1,8 @@
-"""Deltas on their way to frontends: all that one wake-up of the event loop produces for a frontend is one message."""
+"""Deltas on their way to frontends: what an engine's step produces for a frontend is one message.
+
+A message costs its sender, NATS and its receiver 50 µs together, whatever it holds. So where an engine makes steps of
+less than `GATHER_S`, as a simulated one may, those of that time are one message; the first after a pause never waits.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from workers.metrics import WorkerMetrics
 log = logging.getLogger(__name__)
 
 PAYLOAD_LIMIT = 1_000_000  # bytes; NATS refuses messages above 1 MiB
+GATHER_S = 0.001
 _RETRY_S = 0.1
 
 
@@ -69,13 +74,18 @@ class DeltaSender:
         self._bus, self._subjects, self._worker, self._metrics = bus, subjects, worker, metrics
         self._waiting: dict[FrontendId, list[Delta]] = {}
         self._sent: dict[FrontendId, int] = {}  # last seq
+        self._left_at = float("-inf")  # when the last messages did, on the event loop's clock
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
     def send(self, frontend: FrontendId, delta: Delta) -> None:
         """Leaves with everything else of this wake-up."""
-        self._waiting.setdefault(frontend, []).append(delta)
+        waiting = self._waiting.get(frontend)
+        if waiting is not None:
+            waiting.append(delta)
+            return
+        self._waiting[frontend] = [delta]
         self._idle.clear()
         self._wake.set()
 
@@ -85,9 +95,13 @@ class DeltaSender:
 
     async def run(self) -> NoReturn:
         # Setting the event schedules this loop for the next turn, after every generator that is ready in this one.
+        clock = asyncio.get_running_loop().time
         while True:
             await self._wake.wait()
+            if (left_s := self._left_at + GATHER_S - clock()) > 0:
+                await asyncio.sleep(left_s)
             self._wake.clear()
+            self._left_at = clock()
             for frontend in list(self._waiting):
                 await self._publish(frontend)
             if self._waiting:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-import uuid
+import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, NoReturn
 
@@ -36,7 +36,7 @@ class Exchange:
         self._complete = False
         self.status = 0  # of the reply, once it has begun
         given = self.header(b"x-request-id")
-        self.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self.request_id = given if given and REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
         self.extra_headers: list[tuple[bytes, bytes]] = [(b"x-request-id", self.request_id.encode())]
 
     def header(self, name: bytes) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
+import secrets
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from typing import NoReturn
@@ -36,7 +36,7 @@ from dynamo_lite.plane.wire import (
 from dynamo_lite.router.roster import Roster
 from dynamo_lite.router.router import Placement, Router
 from dynamo_lite.tasks import background
-from dynamo_lite.telemetry import tracer
+from dynamo_lite.telemetry import spanning
 
 SILENCE_S = 2.0  # a worker that answers no ping for this long is frozen or cut off
 HOUSEKEEPING_S = 0.5
@@ -52,7 +52,7 @@ class Flight:
 
     def __init__(self, call: Call, prompt: int, placement: Placement) -> None:
         # A new id at every attempt: what a worker given up still sends belongs to nobody.
-        self.id = RequestId(uuid.uuid4().hex)
+        self.id = RequestId(secrets.token_hex(16))
         self.call, self.prompt = call, prompt
         self.placement, self.worker = placement, placement.decode
         self.open = set(range(call.work.n))  # sequences that go on
@@ -181,7 +181,7 @@ class Backend:
     """The workers as the frontend's handlers see them. Open it with `Backend.open`."""
 
     def __init__(self, bus: Bus, subjects: Subjects, roster: Roster, router: Router, group: asyncio.TaskGroup) -> None:
-        self.id = FrontendId(uuid.uuid4().hex)
+        self.id = FrontendId(secrets.token_hex(16))
         self._bus, self._subjects, self._roster, self._router, self._group = bus, subjects, roster, router, group
         self._flights: dict[str, Flight] = {}
         self._of_worker: dict[Incarnation, set[Flight]] = {}
@@ -220,7 +220,7 @@ class Backend:
 
     def place(self, token_ids: list[int], cache_salt: str | None, avoid: set[Incarnation]) -> Placement:
         """Raises NoInstance."""
-        with tracer().start_as_current_span("route") as span:
+        with spanning("route") as span:
             placement = self._router.place(token_ids, cache_salt=cache_salt, exclude=avoid)
             _describe(placement, span)
         metrics.routed("prefix" if placement.overlap_blocks else "load").inc()
