@@ -8,28 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
-from pathlib import Path
 from threading import Thread
-from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIServer
 
-import orjson
 import prometheus_client
 from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
-from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import NoOpTracer, Span, SpanKind, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from dynamo_lite.config import TraceExport
 
-EXPORT_EVERY_MS = 500
 AttributeValue = str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]
 
 log = logging.getLogger(__name__)
@@ -46,13 +37,9 @@ def tracing(export: TraceExport, process: str) -> Iterator[None]:
     if export.file is None and export.otlp is None:
         yield
         return
-    provider = TracerProvider(
-        sampler=ParentBased(TraceIdRatioBased(export.sample)),
-        resource=Resource.create({"service.name": "dynamo-lite", "service.instance.id": process}),
-        shutdown_on_exit=False,
-    )
-    exporter = FileExporter(export.file, process) if export.file is not None else _otlp(export.otlp or "")
-    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=EXPORT_EVERY_MS))
+    from dynamo_lite.spans import provider_of  # noqa: PLC0415  # the SDK is 0.1 s of a start that does not need it
+
+    provider = provider_of(export, process)
     _tracer = provider.get_tracer("dynamo-lite")
     try:
         yield
@@ -105,70 +92,6 @@ def record_span(
     """A span that was measured elsewhere, with its times (ns since the epoch)."""
     span = _tracer.start_span(name, parent_context(parent), attributes=attributes, start_time=started_ns)
     span.end(ended_ns)
-
-
-class FileExporter(SpanExporter):
-    """One JSON object a line. Several processes may share the file: each batch is one O_APPEND write."""
-
-    def __init__(self, path: Path, process: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        self._path, self._process = path, process
-
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        batch = b"".join(_json_line(span, self._process) for span in spans)
-        try:
-            written = os.write(self._fd, batch)
-        except OSError as error:
-            log.warning("spans are lost: cannot write %s: %s", self._path, error)
-            return SpanExportResult.FAILURE
-        return SpanExportResult.SUCCESS if written == len(batch) else SpanExportResult.FAILURE
-
-    def shutdown(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def force_flush(self, timeout_millis: int = 30_000) -> bool:
-        return True  # nothing is held back
-
-
-def _json_line(span: ReadableSpan, process: str) -> bytes:
-    context = span.get_span_context()
-    if context is None:
-        raise ValueError(f"span {span.name} has no context")
-    fields = {
-        "name": span.name,
-        "trace_id": trace.format_trace_id(context.trace_id),
-        "span_id": trace.format_span_id(context.span_id),
-        "parent_id": None if span.parent is None else trace.format_span_id(span.parent.span_id),
-        "start_ns": span.start_time,
-        "end_ns": span.end_time,
-        "attributes": dict(span.attributes or {}),
-        "events": [{"name": event.name, "attributes": dict(event.attributes or {})} for event in span.events],
-        "status": span.status.status_code.name,
-        "status_message": span.status.description,
-        "process": process,
-    }
-    return orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
-
-
-def _otlp(endpoint: str) -> SpanExporter:
-    """http://host:4318 speaks OTLP over HTTP, grpc://host:4317 (or grpcs://) over gRPC."""
-    # Imported here: these two clients take 0.2 s and 20 MB that most processes can do without.
-    if endpoint.startswith("grpc"):
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (  # noqa: PLC0415
-            OTLPSpanExporter as GrpcExporter,
-        )
-
-        parts = urlsplit(endpoint)
-        return GrpcExporter(endpoint=parts.netloc, insecure=parts.scheme == "grpc", timeout=5)
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # noqa: PLC0415
-        OTLPSpanExporter as HttpExporter,
-    )
-
-    path = "" if urlsplit(endpoint).path.strip("/") else "/v1/traces"
-    return HttpExporter(endpoint=endpoint.rstrip("/") + path, timeout=5)
 
 
 @asynccontextmanager

@@ -16,11 +16,11 @@ from typing import NewType
 import cbor2
 import numpy as np
 
+from kvbm.seed import SEED
+
 FullHash = NewType("FullHash", bytes)  # all 32 bytes of a block hash
 
-# The "parent" of a prompt's first block comes from PYTHONHASHSEED, as which every engine has to be given this: without
-# it vLLM up to 0.26 takes random bytes, another prefix cache in every process, and later versions a name of their own.
-SEED = "0"
+# The "parent" of a prompt's first block.
 ROOT = FullHash(hashlib.sha256(cbor2.dumps(SEED, canonical=True)).digest())
 
 _PARENT = b"\x83\x58\x20"  # an array of three, the first a string of 32 bytes

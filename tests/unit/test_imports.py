@@ -28,7 +28,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "dynamo_lite.transports",
         "kvbm",
     ),
-    "dynamo_lite": ("kvbm.hashing", "kvbm.index", "kvbm.events"),
+    "dynamo_lite": ("kvbm.hashing", "kvbm.index", "kvbm.events", "kvbm.seed"),
 }
 
 # Inside dynamo_lite nothing imports a part above its own. Modules not named here serve all and import none of these.

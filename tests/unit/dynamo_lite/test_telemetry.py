@@ -15,8 +15,8 @@ from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.trace import Status, StatusCode
 
 from dynamo_lite.config import TraceExport
+from dynamo_lite.spans import FileExporter
 from dynamo_lite.telemetry import (
-    FileExporter,
     metrics_server,
     parent_context,
     record_span,
