@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, NoReturn
 
@@ -36,7 +36,7 @@ class Exchange:
         self._complete = False
         self.status = 0  # of the reply, once it has begun
         given = self.header(b"x-request-id")
-        self.request_id = given if given and REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+        self.request_id = given if given and REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
         self.extra_headers: list[tuple[bytes, bytes]] = [(b"x-request-id", self.request_id.encode())]
 
     def header(self, name: bytes) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
+import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from typing import NoReturn
@@ -52,7 +52,7 @@ class Flight:
 
     def __init__(self, call: Call, prompt: int, placement: Placement) -> None:
         # A new id at every attempt: what a worker given up still sends belongs to nobody.
-        self.id = RequestId(secrets.token_hex(16))
+        self.id = RequestId(os.urandom(16).hex())
         self.call, self.prompt = call, prompt
         self.placement, self.worker = placement, placement.decode
         self.open = set(range(call.work.n))  # sequences that go on
@@ -181,7 +181,7 @@ class Backend:
     """The workers as the frontend's handlers see them. Open it with `Backend.open`."""
 
     def __init__(self, bus: Bus, subjects: Subjects, roster: Roster, router: Router, group: asyncio.TaskGroup) -> None:
-        self.id = FrontendId(secrets.token_hex(16))
+        self.id = FrontendId(os.urandom(16).hex())
         self._bus, self._subjects, self._roster, self._router, self._group = bus, subjects, roster, router, group
         self._flights: dict[str, Flight] = {}
         self._of_worker: dict[Incarnation, set[Flight]] = {}

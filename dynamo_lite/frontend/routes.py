@@ -42,7 +42,9 @@ class Application:
     """The generating endpoints directly; all else by FastAPI, whose layers would cost every event of a stream."""
 
     def __init__(self, generating: Sequence[Endpoint], others: FastAPI) -> None:
-        self._generating = {("http", "POST", endpoint.path): endpoint for endpoint in generating}
+        self._generating: dict[tuple[object, ...], Endpoint] = {
+            ("http", "POST", endpoint.path): endpoint for endpoint in generating
+        }
         self._others = others
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -35,12 +35,13 @@ class Vocabulary:
         kinds = {part.get("type") for part in state.get("decoders", [state])}
         self._byte_level = kinds <= {"ByteLevel", "Fuse"} and "ByteLevel" in kinds
         self._bytes: dict[int, bytes] = {}
-        self._texts: dict[int, bytes] = {}
+        self._shown: dict[int, bytes] = {}
+        self._texts: dict[int, str | None] = {}
 
     def detokeniser(self, prompt: Sequence[int]) -> Detokeniser:
         """For text that follows `prompt`."""
         if self._byte_level:
-            return ByteDetokeniser(self._shown_bytes, prompt)
+            return ByteDetokeniser(self._shown_bytes, self._whole_text, prompt)
         return WindowDetokeniser(self._tokenizer.decode, self.special, prompt)
 
     def text(self, token_ids: Sequence[int]) -> str:
@@ -55,10 +56,19 @@ class Vocabulary:
         return known
 
     def _shown_bytes(self, token_id: int) -> bytes:
-        known = self._texts.get(token_id)
+        known = self._shown.get(token_id)
         if known is None:
-            known = self._texts[token_id] = b"" if token_id in self.special else self.token_bytes(token_id)
+            known = self._shown[token_id] = b"" if token_id in self.special else self.token_bytes(token_id)
         return known
+
+    def _whole_text(self, token_id: int) -> str | None:
+        """None where the token is, or ends in, a part of a character."""
+        if token_id not in self._texts:
+            try:
+                self._texts[token_id] = self._shown_bytes(token_id).decode()
+            except UnicodeDecodeError:
+                self._texts[token_id] = None
+        return self._texts[token_id]
 
     def _look_up(self, token_id: int) -> bytes:
         token = self._tokenizer.id_to_token(token_id)
