@@ -1,7 +1,8 @@
 """Deltas on their way to frontends: what an engine's step produces for a frontend is one message.
 
 A message costs its sender, NATS and its receiver 50 µs together, whatever it holds. So where an engine makes steps of
-less than `GATHER_S`, as a simulated one may, those of that time are one message; the first after a pause never waits.
+less than `GATHER_S`, as a simulated one may, those of that time are one message. The first after a pause does not wait,
+nor does what ends all sequences that have something to send.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NoReturn
 
 from dynamo_lite.errors import PlaneError
 from dynamo_lite.plane.bus import Bus
-from dynamo_lite.plane.wire import Delta, DeltaBatch, FrontendId, Incarnation, Subjects, encode
+from dynamo_lite.plane.wire import Delta, DeltaBatch, FrontendId, Incarnation, RequestId, Subjects, encode
 from workers.metrics import WorkerMetrics
 
 log = logging.getLogger(__name__)
@@ -75,12 +76,21 @@ class DeltaSender:
         self._waiting: dict[FrontendId, list[Delta]] = {}
         self._sent: dict[FrontendId, int] = {}  # last seq
         self._left_at = float("-inf")  # when the last messages did, on the event loop's clock
+        self._open: set[tuple[RequestId, int]] = set()  # sequences that have something to send and go on
+        self._due = asyncio.Event()  # gathering is over
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
     def send(self, frontend: FrontendId, delta: Delta) -> None:
         """Leaves with everything else of this wake-up."""
+        sequence = (delta.request_id, delta.index)
+        if delta.finish is None and delta.error is None:
+            self._open.add(sequence)
+        else:
+            self._open.discard(sequence)
+            if not self._open:
+                self._due.set()
         waiting = self._waiting.get(frontend)
         if waiting is not None:
             waiting.append(delta)
@@ -98,9 +108,11 @@ class DeltaSender:
         clock = asyncio.get_running_loop().time
         while True:
             await self._wake.wait()
-            if (left_s := self._left_at + GATHER_S - clock()) > 0:
-                await asyncio.sleep(left_s)
+            if self._left_at + GATHER_S > clock():
+                await self._gather()
             self._wake.clear()
+            self._due.clear()
+            self._open.clear()
             self._left_at = clock()
             for frontend in list(self._waiting):
                 await self._publish(frontend)
@@ -108,6 +120,13 @@ class DeltaSender:
                 self._wake.set()
             else:
                 self._idle.set()
+
+    async def _gather(self) -> None:
+        timer = asyncio.get_running_loop().call_at(self._left_at + GATHER_S, self._due.set)
+        try:
+            await self._due.wait()
+        finally:
+            timer.cancel()
 
     async def _publish(self, frontend: FrontendId) -> None:
         deltas = self._waiting.pop(frontend)
