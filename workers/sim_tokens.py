@@ -17,6 +17,7 @@ from functools import cache, lru_cache
 from itertools import accumulate
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -95,13 +96,31 @@ class SimModel:
         return cls(words, vocab_size, longest, 2 * layers * kv_heads * head_dim)
 
 
+class _Token(msgspec.Struct):
+    id: int
+
+
+class _TokenizerModel(msgspec.Struct):
+    vocab: dict[str, int] | list[tuple[str, float]] = {}
+
+
+class _TokenizerFile(msgspec.Struct):
+    """Of several megabytes only these are read."""
+
+    model: _TokenizerModel
+    added_tokens: list[_Token] = []
+
+
 def _printable(tokenizer: Path, vocab_size: int) -> tuple[int, ...]:
     """Ids of whole words in a Hugging Face tokenizer; none when there is no such file or it has too few."""
     if not tokenizer.exists():
         return ()
-    content = json.loads(tokenizer.read_bytes())
-    vocab = content.get("model", {}).get("vocab", {})
-    special = {token["id"] for token in content.get("added_tokens", [])}
+    try:
+        content = msgspec.json.decode(tokenizer.read_bytes(), type=_TokenizerFile)
+    except msgspec.MsgspecError:
+        return ()  # the frontend, which needs it, says what is wrong
+    vocab = content.model.vocab
+    special = {token.id for token in content.added_tokens}
     entries = vocab.items() if isinstance(vocab, dict) else ((entry[0], i) for i, entry in enumerate(vocab))
     words = sorted(i for text, i in entries if i not in special and i < vocab_size and _WORD.fullmatch(text))
     return tuple(words) if len(words) >= _FEWEST_WORDS else ()
