@@ -83,18 +83,23 @@ class _Words(dict[str, tuple[int, ...]]):
     def __init__(self, tokenizer: Tokenizer, stages: Sequence[re.Pattern[str]]) -> None:
         super().__init__()
         self._model, self._stages = tokenizer.model, stages
-        added = tokenizer.get_added_tokens_decoder()
-        # Others take spaces with them, or depend on what is beside them or came of the text before.
-        simple = [one for one in added.values() if not (one.normalized or one.lstrip or one.rstrip or one.single_word)]
-        self._added = {one.content: token_id for token_id, one in added.items() if one in simple}
-        self._cut = _any_of([one.content for one in simple])
-        self._not_here = _any_of([one.content for one in added.values() if one not in simple])
+        self._added: dict[str, int] = {}
+        others = []
+        for token_id, added in tokenizer.get_added_tokens_decoder().items():
+            # Takes spaces with it, or depends on what is beside it or on what has become of the text before.
+            if added.normalized or added.lstrip or added.rstrip or added.single_word:
+                others.append(added.content)
+            else:
+                self._added[added.content] = token_id
+        self._cut, self._not_here = _any_of([*self._added]), _any_of(others)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> _Words | None:
         """None where the words of a text cannot be told without the library."""
         if tokenizer.pre_tokenizer is None or _state(tokenizer.normalizer).get("type") not in (None, "NFC"):
             return None
+        if getattr(tokenizer.model, "dropout", None):
+            return None  # a word is encoded differently each time
         stages = _stages(_state(tokenizer.pre_tokenizer))
         return None if stages is None else cls(tokenizer, stages)
 
@@ -116,7 +121,7 @@ class _Words(dict[str, tuple[int, ...]]):
     def _plain(self, text: str) -> list[int] | None:
         words = [text]
         for stage in self._stages:
-            words = stage.findall(text) if len(words) == 1 else [*chain.from_iterable(map(stage.findall, words))]
+            words = stage.findall(words[0]) if len(words) == 1 else [*chain.from_iterable(map(stage.findall, words))]
         if sum(map(len, words)) != len(text):
             return None  # the expression left something out
         return [*chain.from_iterable(map(self.__getitem__, words))]
@@ -144,7 +149,7 @@ def _stages(state: dict[str, Any]) -> list[re.Pattern[str]] | None:
     """The expressions that cut an ASCII text one after another; the last part has to be the byte-level one."""
     parts = state.get("pretokenizers", [state])
     expressions = [_expression(part) for part in parts]
-    if parts[-1].get("type") != "ByteLevel" or None in expressions:
+    if not parts or parts[-1].get("type") != "ByteLevel" or None in expressions:
         return None
     try:
         stages = [re.compile(one, re.ASCII) for one in expressions if one]

@@ -98,6 +98,7 @@ def test_added_tokens_that_take_spaces_with_them_are_left_to_the_tokenizer() -> 
 
 UNKNOWN = {
     "a leading space": pre_tokenizers.ByteLevel(add_prefix_space=True),
+    "no part at all": pre_tokenizers.Sequence([]),
     "no byte-level part": pre_tokenizers.Whitespace(),
     "a category that is not known": split(r"\p{Sc}+|\s+|\S+"),
     "an expression that re does not have": split(r"\p{L}&&[a-z]|[a-z&&[^b]]+|.|\n"),
@@ -121,6 +122,12 @@ def test_a_normalizer_that_changes_ascii_is_left_to_the_tokenizer() -> None:
     encoder = Encoder(tokenizer)
     assert encoder.looks_up
     assert_alike(tokenizer, encoder)
+
+
+def test_what_the_expressions_leave_out_is_left_to_the_tokenizer() -> None:
+    numbers = pre_tokenizers.Split(Regex(r"\p{N}+"), "isolated")
+    tokenizer = tokenizer_of(pre_tokenizers.Sequence([numbers, pre_tokenizers.ByteLevel(add_prefix_space=False)]))
+    assert_alike(tokenizer, Encoder(tokenizer))
 
 
 def test_the_words_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
