@@ -146,14 +146,12 @@ def grown(metrics_url: str, before: dict[str, float], tokens: int) -> dict[str, 
 
 
 @contextmanager
-def serve(config: Path, folder: Path) -> Iterator[Deployment]:
+def serve(config: Path, folder: Path, *, traces: bool = True) -> Iterator[Deployment]:
     """`dynamo-lite serve CONFIG` on a free port, until the end of the body; its state and traces are in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    overrides = {
-        "frontend.port": "0",
-        "state_dir": str(folder / "state"),
-        "telemetry.traces.file": str(folder / "traces.jsonl"),
-    }
+    overrides = {"frontend.port": "0", "state_dir": str(folder / "state")}
+    if traces:
+        overrides["telemetry.traces.file"] = str(folder / "traces.jsonl")
     command = [sys.executable, "-m", "dynamo_lite.cli", "serve", str(config)]
     for key, value in overrides.items():
         command += ["--set", f"{key}={value}"]

@@ -54,7 +54,7 @@ EtcdUrl = Annotated[str, AfterValidator(lambda value: check_address(value, ("htt
 NatsUrl = Annotated[str, AfterValidator(lambda value: check_address(value, ("nats", "tls")))]
 
 
-class Model(BaseModel, frozen=True, extra="forbid"):
+class Model(BaseModel, frozen=True, extra="forbid", defer_build=True):
     """Base of all configuration models: immutable, unknown keys refused."""
 
 

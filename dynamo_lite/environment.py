@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dynamo_lite.config import WorkerGroup
 from dynamo_lite.plan import Plan, PlannedProcess
 from dynamo_lite.transfer_plan import TransferPlan
-from kvbm.hashing import SEED
+from kvbm.seed import SEED
 
 # Each measured: without them two CPU engines share one core, start in 20–44 s instead of 3–5 s, and compile C++ for
 # half a minute at the first request that asks for logprobs.

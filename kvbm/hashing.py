@@ -1,8 +1,8 @@
 """vLLM's chained block hashes (`sha256_cbor`), computed without vLLM.
 
 The hash of a block is sha256 over the canonical CBOR of `(parent, tokens, extra keys)`, so it names the block
-and every block before it. CBOR is written here, vectorised, since every value has one of four shapes; a test
-holds it against `cbor2`, another against vLLM itself.
+and every block before it. That of long prompts is written here, vectorised, since every value has one of four shapes; a
+test holds it against `cbor2`, another against vLLM itself.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import NewType, overload
 import cbor2
 import numpy as np
 
+from kvbm.seed import SEED
+
 FullHash = NewType("FullHash", bytes)  # all 32 bytes of a block hash
 
-# The "parent" of a prompt's first block comes from PYTHONHASHSEED, as which every engine has to be given this: without
-# it vLLM up to 0.26 takes random bytes, another prefix cache in every process, and later versions a name of their own.
-SEED = "0"
+# The "parent" of a prompt's first block.
 ROOT = FullHash(hashlib.sha256(cbor2.dumps(SEED, canonical=True)).digest())
 
+_MANY = 512  # tokens from which on numpy is faster
 _PARENT = b"\x83\x58\x20"  # an array of three, the first a string of 32 bytes
 
 
@@ -103,7 +104,11 @@ def _extra_keys(keys: list[tuple[str, ...]]) -> bytes:
 
 def _token_arrays(token_ids: Sequence[int], block_size: int) -> list[bytes]:
     """The CBOR array of each block's token ids (unsigned, below 2³²)."""
-    ids = np.frombuffer(array("I", token_ids), dtype=np.uint32)
+    checked = array("I", token_ids)
+    if len(token_ids) < _MANY:
+        cbor = cbor2.dumps
+        return [cbor(token_ids[at : at + block_size]) for at in range(0, len(token_ids), block_size)]
+    ids = np.frombuffer(checked, dtype=np.uint32)
     # One row an id: head, then four bytes, most significant first, of which small ids keep only the last.
     rows = np.empty((len(ids), 5), dtype=np.uint8)
     rows[:, 1:] = ids.astype(">u4").view(np.uint8).reshape(-1, 4)

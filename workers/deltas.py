@@ -1,4 +1,9 @@
-"""Deltas on their way to frontends: all that one wake-up of the event loop produces for a frontend is one message."""
+"""Deltas on their way to frontends: what an engine's step produces for a frontend is one message.
+
+A message costs its sender, NATS and its receiver 50 µs together, whatever it holds. So where an engine makes steps of
+less than `GATHER_S`, as a simulated one may, those of that time are one message. The first after a pause does not wait,
+nor does what ends all sequences that have something to send.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +14,13 @@ from typing import NoReturn
 
 from dynamo_lite.errors import PlaneError
 from dynamo_lite.plane.bus import Bus
-from dynamo_lite.plane.wire import Delta, DeltaBatch, FrontendId, Incarnation, Subjects, encode
+from dynamo_lite.plane.wire import Delta, DeltaBatch, FrontendId, Incarnation, RequestId, Subjects, encode
 from workers.metrics import WorkerMetrics
 
 log = logging.getLogger(__name__)
 
 PAYLOAD_LIMIT = 1_000_000  # bytes; NATS refuses messages above 1 MiB
+GATHER_S = 0.001
 _RETRY_S = 0.1
 
 
@@ -69,13 +75,27 @@ class DeltaSender:
         self._bus, self._subjects, self._worker, self._metrics = bus, subjects, worker, metrics
         self._waiting: dict[FrontendId, list[Delta]] = {}
         self._sent: dict[FrontendId, int] = {}  # last seq
+        self._left_at = float("-inf")  # when the last messages did, on the event loop's clock
+        self._open: set[tuple[RequestId, int]] = set()  # sequences that have something to send and go on
+        self._due = asyncio.Event()  # gathering is over
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
     def send(self, frontend: FrontendId, delta: Delta) -> None:
         """Leaves with everything else of this wake-up."""
-        self._waiting.setdefault(frontend, []).append(delta)
+        sequence = (delta.request_id, delta.index)
+        if delta.finish is None and delta.error is None:
+            self._open.add(sequence)
+        else:
+            self._open.discard(sequence)
+            if not self._open:
+                self._due.set()
+        waiting = self._waiting.get(frontend)
+        if waiting is not None:
+            waiting.append(delta)
+            return
+        self._waiting[frontend] = [delta]
         self._idle.clear()
         self._wake.set()
 
@@ -85,15 +105,28 @@ class DeltaSender:
 
     async def run(self) -> NoReturn:
         # Setting the event schedules this loop for the next turn, after every generator that is ready in this one.
+        clock = asyncio.get_running_loop().time
         while True:
             await self._wake.wait()
+            if self._left_at + GATHER_S > clock():
+                await self._gather()
             self._wake.clear()
+            self._due.clear()
+            self._open.clear()
+            self._left_at = clock()
             for frontend in list(self._waiting):
                 await self._publish(frontend)
             if self._waiting:
                 self._wake.set()
             else:
                 self._idle.set()
+
+    async def _gather(self) -> None:
+        timer = asyncio.get_running_loop().call_at(self._left_at + GATHER_S, self._due.set)
+        try:
+            await self._due.wait()
+        finally:
+            timer.cancel()
 
     async def _publish(self, frontend: FrontendId) -> None:
         deltas = self._waiting.pop(frontend)

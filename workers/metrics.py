@@ -7,6 +7,7 @@ from typing import Literal
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from dynamo_lite.plane.wire import Role
+from dynamo_lite.telemetry import Latencies
 from kvbm.events import Tier
 from workers.engine import EngineLoad, TierLoad, TransferReport
 
@@ -28,6 +29,7 @@ class WorkerMetrics:
             return Gauge(f"dynamo_lite_worker_{name}", text, labels, registry=registry)
 
         self._role = role
+        self._ended: dict[str, Counter] = {}
         self._requests = counter("requests", "Requests ended, by role and outcome", "role", "outcome")
         self.remote_prefills = counter("remote_prefills", "Remote prefill attempts, by outcome", "outcome")
         self.pulls = counter("pulls", "Prefixes asked of other workers (in), and by them (out)", "direction", "outcome")
@@ -68,7 +70,10 @@ class WorkerMetrics:
         self._tier_loads: dict[Tier, TierLoad] = {}
 
     def ended(self, outcome: str) -> None:
-        self._requests.labels(self._role.value, outcome).inc()
+        found = self._ended.get(outcome)
+        if found is None:  # looking a child up costs more than counting
+            found = self._ended[outcome] = self._requests.labels(self._role.value, outcome)
+        found.inc()
 
     def transferred(self, direction: Literal["in", "out"], report: TransferReport) -> None:
         self._transfer_bytes.labels(direction, report.path).inc(report.bytes)
@@ -108,14 +113,14 @@ class SimMetrics:
         self.running = Gauge("vllm:num_requests_running", "Requests in the batch", registry=registry)
         self.waiting = Gauge("vllm:num_requests_waiting", "Requests waiting", registry=registry)
         self.preemptions = Counter("vllm:num_preemptions", "Preemptions", registry=registry)
-        self.prompt_source = Counter(
+        by_source = Counter(
             "vllm:prompt_tokens_by_source", "Prompt tokens by where their KV came from", ["source"], registry=registry
         )
+        sources = ("local_compute", "local_cache_hit", "external_kv_transfer")
+        self.prompt_source = {source: by_source.labels(source) for source in sources}
         self.time_to_first_token = Histogram(
             "vllm:time_to_first_token_seconds", "Time to first token", buckets=_SECONDS, registry=registry
         )
-        self.inter_token_latency = Histogram(
-            "vllm:inter_token_latency_seconds", "Time between tokens", buckets=_TOKEN_SECONDS, registry=registry
+        self.inter_token_latency = Latencies(
+            "vllm:inter_token_latency_seconds", "Time between tokens", _TOKEN_SECONDS, registry=registry
         )
-        for source in ("local_compute", "local_cache_hit", "external_kv_transfer"):
-            self.prompt_source.labels(source)

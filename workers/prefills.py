@@ -13,7 +13,7 @@ from opentelemetry.trace import Span
 
 from dynamo_lite.errors import DynamoError, PlaneError, PrefillFailed
 from dynamo_lite.plane.wire import Cancel, FirstToken, PrefillReply, PrefillRequest, WireError, decode, encode
-from dynamo_lite.telemetry import AttributeValue, parent_context, traceparent, tracer
+from dynamo_lite.telemetry import AttributeValue, spanning, traceparent
 from workers.engine import PrefillJob
 from workers.pulls import REFUSALS
 from workers.serving import InFlight, Serving
@@ -90,8 +90,7 @@ class Prefills:
             "blocks": request.target.num_blocks,
             "pull": request.only_held,
         }
-        context = parent_context(request.traceparent)
-        with tracer().start_as_current_span("prefill", context, attributes=attributes) as span:
+        with spanning("prefill", request.traceparent, attributes=attributes) as span:
             reply.set_result(await self._push(request, span))
 
     async def _push(self, request: PrefillRequest, span: Span) -> PrefillReply:

@@ -18,6 +18,7 @@ from workers.metrics import WorkerMetrics
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 0.25
+LEAST_S = 0.01  # between two reports, where short requests would make one of every beginning and end
 
 
 class Reports:
@@ -55,6 +56,7 @@ class Reports:
             await self._engine.answering()  # a router that has lost a frozen worker is not to find it again
             self._changed.clear()
             await self._publish(self._subjects.load(self._incarnation), encode(self._load()))
+            await asyncio.sleep(LEAST_S)
             with suppress(TimeoutError):
                 async with asyncio.timeout(INTERVAL_S):
                     await self._changed.wait()

@@ -13,7 +13,7 @@ from opentelemetry.trace import Span
 from dynamo_lite.errors import DeadlineExceeded, DynamoError, ProtocolMismatch, RequestError
 from dynamo_lite.plane.bus import Message
 from dynamo_lite.plane.wire import Cancel, Delta, FirstToken, FrontendId, GenerateRequest, RequestId, WireError, decode
-from dynamo_lite.telemetry import AttributeValue, parent_context, traceparent, tracer
+from dynamo_lite.telemetry import AttributeValue, spanning, traceparent
 from workers.deltas import DeltaSender
 from workers.engine import Job, Output, RemotePrefill
 from workers.pulls import Pulls
@@ -92,7 +92,7 @@ class Requests:
         state = self._requests.get(cancel.request_id)
         if state is None:
             return False
-        if cancel.index is None:
+        if cancel.index is None or (state.wire.n == 1 and cancel.index == 0):
             self.in_flight.cancel(cancel.request_id)
             return True
         state.cancelled.add(cancel.index)
@@ -151,9 +151,8 @@ class Requests:
             "n": request.n,
             "route.reason": request.route_reason,
         }
-        context = parent_context(request.traceparent)
         try:
-            with tracer().start_as_current_span("decode", context, attributes=attributes) as span:
+            with spanning("decode", request.traceparent, attributes=attributes) as span:
                 state.traceparent = traceparent(span)
                 try:
                     await self._bounded(state)
@@ -164,17 +163,22 @@ class Requests:
 
     async def _bounded(self, state: _Request) -> None:
         try:
-            async with asyncio.timeout_at(state.deadline), asyncio.TaskGroup() as sequences:
-                for index in range(state.wire.n):
-                    state.tasks[index] = sequences.create_task(self._sequence(state, index))
+            async with asyncio.timeout_at(state.deadline):
+                if state.wire.n == 1:
+                    await self._sequence(state, 0)
+                else:
+                    async with asyncio.TaskGroup() as sequences:
+                        for index in range(state.wire.n):
+                            state.tasks[index] = sequences.create_task(self._sequence(state, index))
         except TimeoutError:
             state.outcome = "timeout"
             state.error = DeadlineExceeded(f"request {state.wire.request_id}", state.wire.timeout_ms / 1000)
         except asyncio.CancelledError:
             state.outcome = "cancelled" if state.error is None else "error"
             raise
-        except BaseExceptionGroup as bug:
-            state.outcome, state.error = "error", DynamoError(f"internal error: {bug.exceptions[0]!r}")
+        except Exception as bug:
+            first = bug.exceptions[0] if isinstance(bug, ExceptionGroup) else bug
+            state.outcome, state.error = "error", DynamoError(f"internal error: {first!r}")
             raise
 
     def _end(self, state: _Request, span: Span) -> None:
@@ -187,6 +191,8 @@ class Requests:
         metrics.ended(state.outcome)
         metrics.prompt_tokens.inc(len(state.wire.token_ids))
         metrics.generated_tokens.inc(state.generated)
+        if not span.is_recording():
+            return
         span.set_attribute("reason", state.reason)
         span.set_attributes(state.predicted)
         span.set_attribute("first_token", state.chosen_by)

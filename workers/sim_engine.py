@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from array import array
+from collections import deque
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -38,10 +39,36 @@ from workers.tiers.admin import KvAdmin
 log = logging.getLogger(__name__)
 
 BACKEND = "sim"
+EVENTS_S = 0.002  # at least, between two hand-outs of KV events: steps may take no time, and real ones take longer
 _PROMPT_ONLY = Sampling(max_tokens=1)
 
 # None: the sequence has its blocks and waits for somebody else to compute its prompt.
-Inbox = asyncio.Queue[Output | WorkerError | None]
+Item = Output | WorkerError | None
+
+
+class Inbox:
+    """What the engine's loop has for one sequence; an asyncio.Queue costs twice as much, at every token."""
+
+    __slots__ = ("_items", "_waiter")
+
+    def __init__(self) -> None:
+        self._items: deque[Item] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, item: Item) -> None:
+        self._items.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> Output | None:
+        """The next one, by the one who waits. Raises what was put as an error."""
+        if not self._items:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        item = self._items.popleft()
+        if isinstance(item, WorkerError):
+            raise item
+        return item
 
 
 class SimEngine:
@@ -145,7 +172,7 @@ class SimEngine:
         """Die: everything in flight and everything that follows gets a WorkerError."""
         self._reason = reason
         for inbox in self._inboxes.values():
-            inbox.put_nowait(WorkerError(reason))
+            inbox.put(WorkerError(reason))
         self._dead.set()
 
     # -- work
@@ -162,7 +189,7 @@ class SimEngine:
         arrived, last, external = clock(), 0.0, 0
         with self._enrolled(sequence) as inbox:
             while True:
-                item = await self._take(inbox)
+                item = await inbox.take()
                 if item is None:
                     assert remote is not None, "only a sequence that can ask is told to"
                     external = await self._fetch(sequence, remote)
@@ -191,7 +218,7 @@ class SimEngine:
             sequence = TokenSequence(job.request_id, list(job.token_ids), _PROMPT_ONLY, None, job.cache_salt)
             async with asyncio.timeout(job.timeout_s):
                 with self._enrolled(sequence) as inbox:
-                    await self._take(inbox)
+                    await inbox.take()
                     self._count_prompt(sequence, 0)
                     blocks, started = job.target.num_blocks, time.time_ns()
                     with self._held("push", blocks):
@@ -223,8 +250,14 @@ class SimEngine:
         """Nothing is ever written here, so nothing is quarantined."""
 
     async def kv_events(self) -> AsyncGenerator[tuple[KvEvent, ...], None]:
+        clock, handed_at = asyncio.get_running_loop().time, float("-inf")
         while True:
             events = await self._events.get()
+            if (left_s := handed_at + EVENTS_S - clock()) > 0:
+                await asyncio.sleep(left_s)
+            while not self._events.empty():
+                events += self._events.get_nowait()
+            handed_at = clock()
             yield self._ledger.fold(events)
 
     def snapshot(self) -> dict[Tier, tuple[int, ...]]:
@@ -252,7 +285,7 @@ class SimEngine:
         """The scheduler has the sequence while the body runs; at its end, however it comes, the blocks are free."""
         if self._tiers is not None:
             self._tiers.used(sequence.hashes(self._block_size))
-        inbox: Inbox = asyncio.Queue()
+        inbox = Inbox()
         self._inboxes[sequence] = inbox
         self._scheduler.add(sequence)
         self._work.set()
@@ -280,19 +313,12 @@ class SimEngine:
         if not known:
             raise RequestError(f"token ids must be from 0 to {self._shape.vocab_size - 1}", "prompt")
 
-    @staticmethod
-    async def _take(inbox: Inbox) -> Output | None:
-        item = await inbox.get()
-        if isinstance(item, WorkerError):
-            raise item
-        return item
-
     def _count_prompt(self, sequence: Sequence, external: int) -> None:
         cached = sequence.cached or 0
         source = self._metrics.prompt_source
-        source.labels("local_cache_hit").inc(cached)
-        source.labels("external_kv_transfer").inc(external)
-        source.labels("local_compute").inc(sequence.prompt_len - cached - external)
+        source["local_cache_hit"].inc(cached)
+        source["external_kv_transfer"].inc(external)
+        source["local_compute"].inc(sequence.prompt_len - cached - external)
 
     # -- remote prefill
 
@@ -361,14 +387,14 @@ class SimEngine:
             self._work.clear()
             step = self._scheduler.plan()
             for sequence in step.fetches:
-                self._inboxes[sequence].put_nowait(None)
+                self._inboxes[sequence].put(None)
             if self._tiers is not None:
                 for sequence, hashes in step.onboards:
                     self._tiers.read(hashes, partial(self._onboarded, sequence))
             if step.tokens:
                 times = await self._compute(step)
                 for sequence, output in self._scheduler.finish(step, times):
-                    self._inboxes[sequence].put_nowait(output)
+                    self._inboxes[sequence].put(output)
             self._publish(step)
             if not step.tokens and not step.preempted:
                 await self._work.wait()

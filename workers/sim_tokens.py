@@ -10,10 +10,14 @@ import json
 import math
 import re
 from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
+from itertools import accumulate
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -92,13 +96,31 @@ class SimModel:
         return cls(words, vocab_size, longest, 2 * layers * kv_heads * head_dim)
 
 
+class _Token(msgspec.Struct):
+    id: int
+
+
+class _TokenizerModel(msgspec.Struct):
+    vocab: dict[str, int] | list[tuple[str, float]] = {}
+
+
+class _TokenizerFile(msgspec.Struct):
+    """Of several megabytes only these are read."""
+
+    model: _TokenizerModel
+    added_tokens: list[_Token] = []
+
+
 def _printable(tokenizer: Path, vocab_size: int) -> tuple[int, ...]:
     """Ids of whole words in a Hugging Face tokenizer; none when there is no such file or it has too few."""
     if not tokenizer.exists():
         return ()
-    content = json.loads(tokenizer.read_bytes())
-    vocab = content.get("model", {}).get("vocab", {})
-    special = {token["id"] for token in content.get("added_tokens", [])}
+    try:
+        content = msgspec.json.decode(tokenizer.read_bytes(), type=_TokenizerFile)
+    except msgspec.MsgspecError:
+        return ()  # the frontend, which needs it, says what is wrong
+    vocab = content.model.vocab
+    special = {token.id for token in content.added_tokens}
     entries = vocab.items() if isinstance(vocab, dict) else ((entry[0], i) for i, entry in enumerate(vocab))
     words = sorted(i for text, i in entries if i not in special and i < vocab_size and _WORD.fullmatch(text))
     return tuple(words) if len(words) >= _FEWEST_WORDS else ()
@@ -124,7 +146,10 @@ class Sampler:
         self._sampling = sampling
         self._seed = mix(seed * _ODD & _MASK)
         self._stops = frozenset(sampling.stop_token_ids)
-        self._greedy = sampling.temperature == 0 and sampling.logprobs is None and not sampling.logit_bias
+        usual = sampling.logprobs is None and not sampling.logit_bias
+        self._greedy = usual and sampling.temperature == 0
+        # Then every token is drawn with the same chances by rank.
+        self._chances = _usual_chances(_shape(sampling), min(_CANDIDATES, len(shape.words))) if usual else ()
 
     @property
     def plain(self) -> bool:
@@ -143,47 +168,26 @@ class Sampler:
     def next(self, state: int, position: int, generated: int) -> tuple[int, TokenLogprob | None]:
         """The token after `state` at `position`, and its logprobs when asked for."""
         banned = self._stops if generated < self._sampling.min_tokens else frozenset()
-        key = mix(state)
+        key, words = mix(state), self._words
         if self._greedy:
-            token = self._words[key % len(self._words)]
+            token = words[key % len(words)]
             if token not in banned:
                 return token, None
+        bits = mix(key ^ self._seed ^ mix(position))
+        if self._chances and not banned:
+            return words[(key + _rank(self._chances, bits)) % len(words)], None
         logits = self._logits(key, banned)
-        chosen = self._draw(logits, mix(key ^ self._seed ^ mix(position)))
+        chosen = list(logits)[_rank(_chances(logits.values(), _shape(self._sampling)), bits)]
         return chosen, self._logprob(chosen, logits)
 
     def _logits(self, key: int, banned: frozenset[int]) -> dict[int, float]:
         """Candidates, likeliest first."""
         count = min(_CANDIDATES + len(banned), len(self._words))
-        logits = {
-            self._words[(key + rank) % len(self._words)]: -0.7 * rank - 0.5 * _fraction(mix(key + rank))
-            for rank in range(count)
-        }
+        logits = {self._words[(key + rank) % len(self._words)]: _logit(rank) for rank in range(count)}
         for token, bias in (self._sampling.logit_bias or {}).items():
             logits[token] = logits.get(token, -20.0) + bias
         allowed = {token: logit for token, logit in logits.items() if token not in banned}
         return dict(sorted((allowed or logits).items(), key=lambda item: -item[1]))
-
-    def _draw(self, logits: dict[int, float], bits: int) -> int:
-        """Temperature, top-k, top-p and min-p, in vLLM's order of meaning. Penalties are not simulated."""
-        sampling = self._sampling
-        tokens = list(logits)
-        if sampling.temperature == 0:
-            return tokens[0]
-        best = logits[tokens[0]]
-        weights = [math.exp((logit - best) / sampling.temperature) for logit in logits.values()]
-        weights = [weight for weight in weights if weight >= sampling.min_p]  # the best weighs 1
-        weights = weights[: sampling.top_k or None]
-        kept, total, whole = 0, 0.0, sum(weights)
-        while kept < len(weights) and (kept == 0 or total < sampling.top_p * whole):
-            total += weights[kept]
-            kept += 1
-        point = _fraction(bits) * total
-        for token, weight in zip(tokens, weights[:kept], strict=False):
-            point -= weight
-            if point < 0:
-                return token
-        return tokens[kept - 1]
 
     def _logprob(self, chosen: int, logits: dict[int, float]) -> TokenLogprob | None:
         if self._sampling.logprobs is None:
@@ -192,3 +196,36 @@ class Sampler:
         log_sum = best + math.log(sum(math.exp(logit - best) for logit in logits.values()))
         top = tuple((token, logit - log_sum) for token, logit in logits.items())
         return TokenLogprob(chosen, logits[chosen] - log_sum, top[: self._sampling.logprobs])
+
+
+def _logit(rank: int) -> float:
+    return -0.7 * rank
+
+
+_Shape = tuple[float, int, float, float]  # temperature, top-k, top-p, min-p
+
+
+def _shape(sampling: Sampling) -> _Shape:
+    return sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
+
+
+@lru_cache(256)
+def _usual_chances(shape: _Shape, count: int) -> list[float]:
+    return _chances(map(_logit, range(count)), shape)
+
+
+def _chances(logits: Iterable[float], shape: _Shape) -> list[float]:
+    """Running sums of the weights of candidates, likeliest first: temperature, top-k, top-p and min-p, in vLLM's order
+    of meaning. Penalties are not simulated.
+    """
+    temperature, top_k, top_p, min_p = shape
+    values = list(logits)
+    if temperature == 0:
+        return [1.0]
+    weights = [math.exp((logit - values[0]) / temperature) for logit in values]
+    sums = list(accumulate([weight for weight in weights if weight >= min_p][: top_k or None]))  # the best weighs 1
+    return sums[: bisect_left(sums, top_p * sums[-1]) + 1]
+
+
+def _rank(chances: list[float], bits: int) -> int:
+    return min(bisect_right(chances, _fraction(bits) * chances[-1]), len(chances) - 1)

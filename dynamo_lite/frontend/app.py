@@ -24,7 +24,7 @@ from dynamo_lite.errors import DynamoError, NoInstance, PlaneError
 from dynamo_lite.frontend.endpoint import Service
 from dynamo_lite.frontend.generate import Backend
 from dynamo_lite.frontend.metrics import ModelMetrics
-from dynamo_lite.frontend.routes import build_app
+from dynamo_lite.frontend.routes import Application, build_app
 from dynamo_lite.frontend.self_test import self_test
 from dynamo_lite.frontend.tokens import load_tokens
 from dynamo_lite.listening import Port
@@ -104,7 +104,7 @@ def _listening(spec: ProcessSpec) -> Iterator[socket.socket]:
 
 
 @asynccontextmanager
-async def serving(spec: ProcessSpec) -> AsyncIterator[tuple[FastAPI, Backend]]:
+async def serving(spec: ProcessSpec) -> AsyncIterator[tuple[Application, Backend]]:
     """The application, connected to everything it needs."""
     config = spec.config
     subjects = Subjects(config.namespace)
@@ -157,11 +157,12 @@ async def _drain(stop: asyncio.Event, server: uvicorn.Server, backend: Backend, 
 class Server(uvicorn.Server):
     """uvicorn's, in a loop that is ours, without its signal handlers; `ready` is called once it listens."""
 
-    def __init__(self, app: FastAPI, ready: Callable[[], None]) -> None:
+    def __init__(self, app: Application | FastAPI, ready: Callable[[], None]) -> None:
         settings = uvicorn.Config(
             app,
             http="httptools",
             ws="none",
+            proxy_headers=False,
             lifespan="off",
             log_config=None,
             access_log=False,

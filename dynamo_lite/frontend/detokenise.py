@@ -14,6 +14,7 @@ from typing import Protocol
 
 REPLACEMENT = "\ufffd"  # what decoding an incomplete character yields
 LONGEST_CHARACTER = 4  # bytes, and so tokens, of one UTF-8 character
+_UTF8 = codecs.getincrementaldecoder("utf-8")
 CONTEXT = 6  # prompt tokens that shape the first generated token's text (a leading space, a split character)
 
 
@@ -30,20 +31,39 @@ class Detokeniser(Protocol):
 
 
 class ByteDetokeniser:
-    """For tokenizers whose tokens are byte strings."""
+    """For tokenizers whose tokens are byte strings.
 
-    def __init__(self, token_bytes: Callable[[int], bytes], context: Sequence[int]) -> None:
-        self._token_bytes = token_bytes
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._decode = decoder.decode
-        for token_id in context[-CONTEXT:]:  # a prompt may end inside a character
-            self._decode(token_bytes(token_id))
+    `token_text` gives the text of a token of whole characters, None for any other.
+    """
+
+    def __init__(
+        self,
+        token_bytes: Callable[[int], bytes],
+        token_text: Callable[[int], str | None],
+        context: Sequence[int],
+    ) -> None:
+        self._token_bytes, self._token_text = token_bytes, token_text
+        self._decoder = _UTF8("replace")
+        self._within = False  # a character has begun
+        last = token_bytes(context[-1]) if context else b""
+        if not last or last[-1] >= 0x80:  # a prompt may end inside a character
+            for token_id in context[-CONTEXT:]:
+                self._decode(token_bytes(token_id))
 
     def push(self, token_id: int) -> str:
+        if not self._within:
+            text = self._token_text(token_id)
+            if text is not None:
+                return text
         return self._decode(self._token_bytes(token_id))
 
     def finish(self) -> str:
-        return self._decode(b"", True)
+        return self._decoder.decode(b"", True)
+
+    def _decode(self, data: bytes) -> str:
+        text = self._decoder.decode(data)
+        self._within = bool(self._decoder.getstate()[0])
+        return text
 
 
 class WindowDetokeniser:

@@ -25,7 +25,7 @@ from dynamo_lite.frontend.tokens import Tokens
 from dynamo_lite.frontend.validate import parse_request
 from dynamo_lite.frontend.work import Work, prepare
 from dynamo_lite.tasks import background
-from dynamo_lite.telemetry import parent_context, traceparent, tracer
+from dynamo_lite.telemetry import spanning, traceparent
 
 CLIENT_CLOSED = 499  # nginx's name for a reply nobody waited for; only in metrics and traces
 
@@ -60,10 +60,9 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
-        parent = parent_context(exchange.header(b"traceparent"))
-        name = f"POST {self.path}"
+        parent = exchange.header(b"traceparent")
         metrics.IN_FLIGHT.inc()
-        with tracer().start_as_current_span(name, parent, SpanKind.SERVER, record_exception=False) as span:
+        with spanning(f"POST {self.path}", parent, SpanKind.SERVER, record_exception=False) as span:
             if own := traceparent(span):
                 exchange.extra_headers.append((b"traceparent", own.encode()))
             try:
@@ -74,9 +73,10 @@ class Endpoint:
             finally:
                 metrics.IN_FLIGHT.dec()
                 metrics.requests(self.path, exchange.status or CLIENT_CLOSED).inc()
-                span.set_attribute("http.request.method", "POST")
-                span.set_attribute("http.route", self.path)
-                span.set_attribute("http.response.status_code", exchange.status or CLIENT_CLOSED)
+                if span.is_recording():
+                    span.set_attribute("http.request.method", "POST")
+                    span.set_attribute("http.route", self.path)
+                    span.set_attribute("http.response.status_code", exchange.status or CLIENT_CLOSED)
 
     async def _serve(self, exchange: Exchange, span: Span) -> None:
         """Every way a request can end, as OpenAI's clients understand it."""

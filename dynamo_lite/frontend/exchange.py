@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-import uuid
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, NoReturn
 
@@ -36,7 +36,7 @@ class Exchange:
         self._complete = False
         self.status = 0  # of the reply, once it has begun
         given = self.header(b"x-request-id")
-        self.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self.request_id = given if given and REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
         self.late_headers: Callable[[], Iterable[tuple[bytes, bytes]]] = tuple  # asked for when the reply begins
         self.extra_headers: list[tuple[bytes, bytes]] = [(b"x-request-id", self.request_id.encode())]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import ExitStack, asynccontextmanager
 from typing import NoReturn
@@ -39,7 +39,7 @@ from dynamo_lite.router.roster import Roster
 from dynamo_lite.router.router import Router
 from dynamo_lite.router.sharing import shared
 from dynamo_lite.tasks import background
-from dynamo_lite.telemetry import tracer
+from dynamo_lite.telemetry import spanning
 
 SILENCE_S = 2.0  # a worker that answers no ping for this long is frozen or cut off
 HOUSEKEEPING_S = 0.5
@@ -55,7 +55,7 @@ class Flight:
 
     def __init__(self, call: Call, prompt: int, placement: Placement) -> None:
         # A new id at every attempt: what a worker given up still sends belongs to nobody.
-        self.id = RequestId(uuid.uuid4().hex)
+        self.id = RequestId(os.urandom(16).hex())
         self.call, self.prompt = call, prompt
         self.placement, self.worker = placement, placement.decode
         self.open = set(range(call.work.n))  # sequences that go on
@@ -193,7 +193,7 @@ class Backend:
     def __init__(
         self, bus: Bus, subjects: Subjects, roster: Roster, router: Router, group: asyncio.TaskGroup, name: str
     ) -> None:
-        self.id = FrontendId(uuid.uuid4().hex)
+        self.id = FrontendId(os.urandom(16).hex())
         self.decisions = Decisions(name, roster.clock)
         self.roster = roster
         self._bus, self._subjects, self._router, self._group = bus, subjects, router, group
@@ -244,7 +244,7 @@ class Backend:
 
     def place(self, token_ids: list[int], cache_salt: str | None, avoid: set[Incarnation]) -> Placement:
         """Raises NoInstance."""
-        with tracer().start_as_current_span("route") as span:
+        with spanning("route") as span:
             placement = self._router.place(token_ids, cache_salt=cache_salt, exclude=avoid)
             _describe(placement, span)
         metrics.routed("prefix" if placement.overlap_blocks else "load").inc()

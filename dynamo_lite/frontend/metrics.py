@@ -9,6 +9,8 @@ from functools import cache
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from dynamo_lite.telemetry import Latencies
+
 _MODEL = ("model_name",)
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
 _SLOW = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
@@ -21,7 +23,6 @@ IN_FLIGHT = Gauge("dynamo_lite_http_requests_in_flight", "HTTP requests being an
 CACHED_TOKENS = Counter("dynamo_lite_cached_prompt_tokens", "Prompt tokens the decode worker had KV of")
 
 _TTFT = Histogram("vllm:time_to_first_token_seconds", "Arrival to first token", _MODEL, buckets=_FAST)
-_INTER_TOKEN = Histogram("vllm:inter_token_latency_seconds", "Between tokens of one choice", _MODEL, buckets=_FAST)
 _WHOLE = Histogram("vllm:e2e_request_latency_seconds", "Arrival to last token", _MODEL, buckets=_SLOW)
 _PROMPT = Counter("vllm:prompt_tokens", "Prompt tokens", _MODEL)
 _GENERATION = Counter("vllm:generation_tokens", "Generated tokens", _MODEL)
@@ -32,7 +33,9 @@ class ModelMetrics:
 
     def __init__(self, model: str) -> None:
         self.first_token = _TTFT.labels(model)
-        self.inter_token = _INTER_TOKEN.labels(model)
+        self.inter_token = Latencies(
+            "vllm:inter_token_latency_seconds", "Between tokens of one choice", _FAST, {"model_name": model}
+        )
         self.whole = _WHOLE.labels(model)
         self.prompt_tokens = _PROMPT.labels(model)
         self.generation_tokens = _GENERATION.labels(model)

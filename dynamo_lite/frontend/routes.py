@@ -1,9 +1,9 @@
-"""The FastAPI application: the generating endpoints as raw ASGI, the small ones, errors and /openapi.json."""
+"""The application: the generating endpoints as raw ASGI; and with FastAPI the small ones, errors and /openapi.json."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
 from typing import Literal
@@ -16,7 +16,8 @@ from starlette.routing import Route
 
 from dynamo_lite.errors import ModelNotFound, NoInstance, RequestError
 from dynamo_lite.frontend.answer import error_body
-from dynamo_lite.frontend.endpoint import Service, endpoints
+from dynamo_lite.frontend.endpoint import Endpoint, Service, endpoints
+from dynamo_lite.frontend.exchange import Receive, Scope, Send
 from dynamo_lite.frontend.openapi import ErrorReply, describe
 
 
@@ -37,13 +38,27 @@ class Health(BaseModel):
     reason: str = ""
 
 
-def build_app(service: Service, *, with_metrics: bool, connected: Callable[[], bool]) -> FastAPI:
+class Application:
+    """The generating endpoints directly; all else by FastAPI, whose layers would cost every event of a stream."""
+
+    def __init__(self, generating: Sequence[Endpoint], others: FastAPI) -> None:
+        self._generating: dict[tuple[object, ...], Endpoint] = {
+            ("http", "POST", endpoint.path): endpoint for endpoint in generating
+        }
+        self._others = others
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = self._generating.get((scope["type"], scope.get("method"), scope.get("path")))
+        await (self._others if endpoint is None else endpoint)(scope, receive, send)
+
+
+def build_app(service: Service, *, with_metrics: bool, connected: Callable[[], bool]) -> Application:
     """`connected`: whether the control plane can be reached at this moment."""
     app = FastAPI(title="dynamo-lite", version=version("dynamo-lite"), docs_url=None, redoc_url=None)
     app.router.redirect_slashes = False
     generating = endpoints(service)
     for endpoint in generating:
-        app.router.routes.append(Route(endpoint.path, endpoint, methods=["POST"]))
+        app.router.routes.append(Route(endpoint.path, endpoint, methods=["POST"]))  # so that a GET is not allowed
     app.add_exception_handler(HTTPException, _http_error)
     _add_models(app, service.model)
     _add_health(app, service, connected)
@@ -55,7 +70,7 @@ def build_app(service: Service, *, with_metrics: bool, connected: Callable[[], b
 
     described = cache(lambda: describe(app, generating))
     app.openapi = described  # type: ignore[method-assign]  # FastAPI's documented way
-    return app
+    return Application(generating, app)
 
 
 def _add_models(app: FastAPI, model: str) -> None:

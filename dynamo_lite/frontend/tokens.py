@@ -14,25 +14,12 @@ from tokenizers import Tokenizer
 from dynamo_lite.errors import RequestError, StartError
 from dynamo_lite.frontend.chat_template import ChatTemplate, Message
 from dynamo_lite.frontend.detokenise import ByteDetokeniser, Detokeniser, WindowDetokeniser
+from dynamo_lite.frontend.encode import BYTE_SYMBOLS, Encoder
 
-LONG_TEXT = 8192  # characters; encoding them takes about 2 ms, longer texts leave the event loop
+# Characters; encoding them takes about 2 ms, and longer texts leave the event loop.
+LONG_TEXT = 8192
+LONG_KNOWN_TEXT = 4 * LONG_TEXT  # where words are looked up
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
-
-def _byte_symbols() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    hidden = [value for value in range(256) if value not in printable]
-    symbols = {chr(value): value for value in printable}
-    symbols.update({chr(256 + place): value for place, value in enumerate(hidden)})
-    return symbols
-
-
-BYTE_SYMBOLS = _byte_symbols()
 
 
 class Vocabulary:
@@ -48,12 +35,13 @@ class Vocabulary:
         kinds = {part.get("type") for part in state.get("decoders", [state])}
         self._byte_level = kinds <= {"ByteLevel", "Fuse"} and "ByteLevel" in kinds
         self._bytes: dict[int, bytes] = {}
-        self._texts: dict[int, bytes] = {}
+        self._shown: dict[int, bytes] = {}
+        self._texts: dict[int, str | None] = {}
 
     def detokeniser(self, prompt: Sequence[int]) -> Detokeniser:
         """For text that follows `prompt`."""
         if self._byte_level:
-            return ByteDetokeniser(self._shown_bytes, prompt)
+            return ByteDetokeniser(self._shown_bytes, self._whole_text, prompt)
         return WindowDetokeniser(self._tokenizer.decode, self.special, prompt)
 
     def text(self, token_ids: Sequence[int]) -> str:
@@ -68,10 +56,19 @@ class Vocabulary:
         return known
 
     def _shown_bytes(self, token_id: int) -> bytes:
-        known = self._texts.get(token_id)
+        known = self._shown.get(token_id)
         if known is None:
-            known = self._texts[token_id] = b"" if token_id in self.special else self.token_bytes(token_id)
+            known = self._shown[token_id] = b"" if token_id in self.special else self.token_bytes(token_id)
         return known
+
+    def _whole_text(self, token_id: int) -> str | None:
+        """None where the token is, or ends in, a part of a character."""
+        if token_id not in self._texts:
+            try:
+                self._texts[token_id] = self._shown_bytes(token_id).decode()
+            except UnicodeDecodeError:
+                self._texts[token_id] = None
+        return self._texts[token_id]
 
     def _look_up(self, token_id: int) -> bytes:
         token = self._tokenizer.id_to_token(token_id)
@@ -99,7 +96,7 @@ class Tokens:
     ) -> None:
         tokenizer.no_truncation()  # some tokenizer files cut silently
         tokenizer.no_padding()
-        self._tokenizer = tokenizer
+        self._encoder = Encoder(tokenizer)
         self._template = template
         self.eos_ids = tuple(eos_ids)
         self.vocabulary = Vocabulary(tokenizer)
@@ -107,18 +104,19 @@ class Tokens:
 
     async def encode(self, text: str) -> list[int]:
         """A completion prompt, with the tokens the model wants at its start."""
-        if len(text) < LONG_TEXT:
-            return self._encode(text, True)
-        return await asyncio.to_thread(self._encode, text, True)
+        if len(text) < self._long(text):
+            return self._encoder.encode(text, True)
+        return await asyncio.to_thread(self._encoder.encode, text, True)
 
     async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Raises RequestError when the model has no template or the template refuses the messages."""
-        if sum(len(message["content"]) for message in messages) < LONG_TEXT:
+        contents = "".join([message["content"] for message in messages])
+        if len(contents) < self._long(contents):
             return self._encode_chat(messages)
         return await asyncio.to_thread(self._encode_chat, messages)
 
-    def _encode(self, text: str, special: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=special).ids
+    def _long(self, text: str) -> int:
+        return LONG_KNOWN_TEXT if self._encoder.looks_up and text.isascii() else LONG_TEXT
 
     def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
         if self._template is None:
@@ -126,7 +124,7 @@ class Tokens:
                 "This model has no chat template; use /v1/completions, or set frontend.chat_template.",
                 "messages",
             )
-        return self._encode(self._template.render(messages), False)
+        return self._encoder.encode(self._template.render(messages), False)
 
 
 def load_tokens(model: Path, chat_template: Path | None = None) -> Tokens:

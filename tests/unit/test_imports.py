@@ -28,7 +28,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "dynamo_lite.transports",
         "kvbm",
     ),
-    "dynamo_lite": ("kvbm.hashing", "kvbm.index", "kvbm.events"),
+    "dynamo_lite": ("kvbm.hashing", "kvbm.index", "kvbm.events", "kvbm.seed"),
     # The simulator puts a router before workers in one process, and a command of ours runs it.
     "workers.simulate": ("dynamo_lite.router", "dynamo_lite.plane", "dynamo_lite.config", "dynamo_lite.errors", "kvbm"),
     "dynamo_lite.simulate_cli": ("workers.simulate",),

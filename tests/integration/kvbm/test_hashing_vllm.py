@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvbm.hashing import ROOT, SEED, block_hashes, full_block_hashes
+from kvbm.hashing import ROOT, block_hashes, full_block_hashes
+from kvbm.seed import SEED
 
 
 @pytest.mark.vllm

@@ -6,7 +6,7 @@ from dynamo_lite.config import Config
 from dynamo_lite.environment import environment
 from dynamo_lite.machine import Gpu, Machine
 from dynamo_lite.plan import Plan, resolve
-from kvbm.hashing import SEED
+from kvbm.seed import SEED
 
 GIB = 2**30
 

@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.trace import Status, StatusCode
+from prometheus_client import Histogram
 
 from dynamo_lite.config import TraceExport
+from dynamo_lite.spans import FileExporter
 from dynamo_lite.telemetry import (
-    FileExporter,
+    Latencies,
     metrics_server,
     parent_context,
     record_span,
@@ -124,6 +127,21 @@ def test_a_full_disk_costs_spans_not_requests(caplog: pytest.LogCaptureFixture) 
     assert exporter.export(recorded) is SpanExportResult.FAILURE
     exporter.shutdown()
     assert "spans are lost" in caplog.text
+
+
+def test_latencies_are_exposed_as_prometheus_own_histogram() -> None:
+    def exposed(histogram: Callable[[prometheus_client.CollectorRegistry], Latencies | Histogram]) -> list[str]:
+        registry = prometheus_client.CollectorRegistry()
+        observed = histogram(registry)
+        for seconds in (0.001, 0.01, 0.0101, 0.5, 7.0):
+            observed.observe(seconds)
+        lines = prometheus_client.generate_latest(registry).decode().splitlines()
+        return [line for line in lines if "_created" not in line]
+
+    bounds = (0.01, 0.5, 1.0)
+    assert exposed(lambda registry: Latencies("x:seconds", "Text", bounds, {"model": "m"}, registry)) == exposed(
+        lambda registry: Histogram("x:seconds", "Text", ("model",), buckets=bounds, registry=registry).labels("m")
+    )
 
 
 async def test_metrics_are_served_on_a_kernel_chosen_port() -> None:

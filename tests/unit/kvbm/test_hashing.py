@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kvbm.hashing import ROOT, SEED, block_hashes, full_block_hashes, low64
+from kvbm.hashing import ROOT, block_hashes, full_block_hashes, low64
+from kvbm.seed import SEED
 
 token_ids = st.lists(
     st.one_of(st.integers(0, 300), st.integers(65_000, 66_000), st.integers(0, 2**32 - 1)), max_size=200

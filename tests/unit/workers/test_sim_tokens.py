@@ -34,6 +34,12 @@ def test_greedy_tokens_are_the_same_with_and_without_logprobs() -> None:
     assert len(set(greedy)) > 50
 
 
+@pytest.mark.parametrize("narrow", [{}, {"top_p": 0.7}, {"top_k": 3}, {"min_p": 0.3}, {"temperature": 0.2}])
+def test_sampled_tokens_are_the_same_with_and_without_logprobs(narrow: dict[str, float]) -> None:
+    sampled = draw(Sampling(max_tokens=1, **narrow), seed=9)  # type: ignore[arg-type]
+    assert sampled == draw(Sampling(max_tokens=1, logprobs=3, **narrow), seed=9)  # type: ignore[arg-type]
+
+
 def test_a_seed_decides_sampled_tokens() -> None:
     sampling = Sampling(max_tokens=1, temperature=1.0)
     assert draw(sampling, seed=1) == draw(sampling, seed=1)
