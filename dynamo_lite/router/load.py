@@ -29,7 +29,8 @@ class Booking:
 
     def computed(self) -> None:
         """The prompt is; what it still takes is a place in the batch."""
-        self.tokens = 0.0
+        if self.tokens:
+            self.load.computed(self)
 
     def end(self) -> None:
         """Idempotent."""
@@ -62,6 +63,7 @@ class WorkerLoad:
         self.report: LoadReport | None = None
         self.bookings = 0  # open ones
         self._booked_blocks = 0.0  # of these
+        self._booked_tokens = 0.0  # likewise, yet to be computed as far as is known
         self._queued = 0.0  # tokens, at `_as_of`
         self._as_of = 0.0
         self._sequences = 0.0  # as reported, and since
