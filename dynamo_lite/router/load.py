@@ -29,7 +29,8 @@ class Booking:
 
     def computed(self) -> None:
         """The prompt is; what it still takes is a place in the batch."""
-        self.tokens = 0.0
+        if self.tokens:
+            self.load.computed(self)
 
     def end(self) -> None:
         """Idempotent."""
@@ -49,7 +50,9 @@ class WorkerLoad:
         "_as_of",
         "_blocks",
         "_booked_blocks",
+        "_booked_tokens",
         "_clock",
+        "_ms_per_token",
         "_queued",
         "_recent",
         "_sequences",
@@ -62,8 +65,10 @@ class WorkerLoad:
         self.report: LoadReport | None = None
         self.bookings = 0  # open ones
         self._booked_blocks = 0.0  # of these
+        self._booked_tokens = 0.0  # likewise, yet to be computed as far as is known
         self._queued = 0.0  # tokens, at `_as_of`
         self._as_of = 0.0
+        self._ms_per_token = 0.0  # as was said last
         self._sequences = 0.0  # as reported, and since
         self._blocks = 0.0  # likewise
         self._recent: deque[Booking] = deque()  # of the last moments
@@ -103,24 +108,39 @@ class WorkerLoad:
 
     def book(self, tokens: float, blocks: float, ms_per_token: float) -> Booking:
         """Count a request until `Booking.end`. `ms_per_token`: as for `queued_tokens`."""
-        now = self._clock()
-        self._queued, self._as_of = self.queued_tokens(ms_per_token) + tokens, now
+        self._ms_per_token = ms_per_token
+        self._settle(self._left + tokens)
         self._sequences += 1
         self._blocks += blocks
         self._booked_blocks += blocks
+        self._booked_tokens += tokens
         self.bookings += 1
-        booking = Booking(self, tokens, blocks, now)
-        self._forget(now)
+        booking = Booking(self, tokens, blocks, self._as_of)
+        self._forget(self._as_of)
         self._recent.append(booking)
         return booking
+
+    @property
+    def _left(self) -> float:
+        return self.queued_tokens(self._ms_per_token)
+
+    def _settle(self, queued: float) -> None:
+        self._queued, self._as_of = queued, self._clock()
 
     def _forget(self, now: float) -> None:
         while self._recent and self._recent[0].at < now - UNSEEN_S:
             self._recent.popleft()
 
+    def computed(self, booking: Booking) -> None:
+        """Called by the booking. What is left to compute is what others have booked, at most."""
+        self._booked_tokens -= booking.tokens
+        booking.tokens = 0.0
+        self._settle(min(self._left, max(0.0, self._booked_tokens)))
+
     def close(self, booking: Booking) -> None:
         """Called by the booking."""
-        self._queued = max(0.0, self._queued - booking.tokens)  # was given up before it was computed
+        self._booked_tokens -= booking.tokens
+        self._settle(max(0.0, self._left - booking.tokens))  # was given up before it was computed
         self._sequences = max(0.0, self._sequences - 1)
         self._blocks = max(0.0, self._blocks - booking.blocks)
         self._booked_blocks -= booking.blocks

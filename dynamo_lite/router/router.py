@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
@@ -194,17 +195,21 @@ class Router:
             remote = next(iter(self._fitting(each, prefills)), None) if prefills else None
             seen = Prompt(tokens, prompt.block_size) if blind else prompt
             predictions.append(predict(worker, seen, usual, remote and remote[1], pulled, self._policy))
-        chosen = self._choose([one.total for one in predictions])
+        chosen = self._choose(workers, [one.total for one in predictions])
         return Considered(self._weights.mode, workers, prompts, predictions, chosen)
 
-    def _choose(self, costs: Sequence[float]) -> int:
+    def _choose(self, workers: Sequence[Worker], costs: Sequence[float]) -> int:
         match self._weights.mode:
             case "round_robin":
                 return self._turn % len(costs)
             case "random":
                 return self._random.randrange(len(costs))
-        if self._weights.temperature:
-            return softmax(costs, self._weights.temperature, self._random)
+            case "least_loaded":
+                fewest = min(worker.sequences for worker in workers)
+                pairs = zip(workers, costs, strict=True)
+                costs = [cost if worker.sequences == fewest else math.inf for worker, cost in pairs]
+            case "kv" if self._weights.temperature:
+                return softmax(costs, self._weights.temperature, self._random)
         return cheapest(costs, self._turn)
 
     def _pulls(

@@ -64,16 +64,24 @@ def test_a_queue_is_worked_off_at_the_workers_pace(load: WorkerLoad, clock: Cloc
 
 
 def test_what_ends_before_it_is_computed_leaves_the_queue_and_what_is_computed_is_not_subtracted_twice(
-    load: WorkerLoad,
+    load: WorkerLoad, clock: Clock
 ) -> None:
-    with load.booked(1000, 20, MS):
+    with load.booked(1000, 20, MS) as first:
         with load.booked(500, 20, MS):
             pass
         assert load.queued_tokens(MS) == 1000
-        with load.booked(500, 20, MS) as booking:
-            booking.computed()
-            assert load.queued_tokens(MS) == 1500, "time has worked it off, or a report will say so"
-        assert load.queued_tokens(MS) == 1500
+        with load.booked(500, 20, MS):
+            clock.now += 0.1
+            assert load.queued_tokens(MS) == pytest.approx(500)
+            first.computed()
+            assert load.queued_tokens(MS) == pytest.approx(500)
+        assert load.queued_tokens(MS) == 0
+
+
+def test_a_first_token_shows_that_a_worker_is_faster_than_was_thought(load: WorkerLoad) -> None:
+    with load.booked(1000, 20, MS) as first, load.booked(300, 20, MS):
+        first.computed()
+        assert load.queued_tokens(MS) == 300
 
 
 def test_others_requests_count_through_the_report_and_own_ones_on_top_until_the_next(

@@ -68,10 +68,14 @@ def test_round_robin_and_least_loaded_ignore_prefixes() -> None:
     assert [turns.place(PROMPT).decode.name for _ in range(5)] == [D[i % 4].name for i in range(5)]
     for i, each in enumerate(D):
         workers.take_report(report(each, 1, queued_tokens=4000 - 1000 * i))
-    placement = Router(workers, Weights(mode="least_loaded")).place(PROMPT)
+    least = Router(workers, Weights(mode="least_loaded"))
+    placement = least.place(PROMPT)
     assert placement.decode == D[3]
     assert placement.reason.startswith("least loaded: decode-3; ")
     assert placement.holder == Holder(D[0].incarnation, 304), "it may be pulled nevertheless"
+    for each in D[1:]:
+        workers.take_report(report(each, 2, running=1))
+    assert least.place(PROMPT).decode == D[0], "the fewest requests come first"
 
 
 def test_random_placement_repeats_with_its_seed_and_leaves_nobody_out() -> None:
