@@ -36,7 +36,7 @@ DEVICE, HOST = 3000, 6000  # blocks a worker
 SLO = Slo(2.0, 0.05)
 ALIKE = Split(both=8)
 SPLITS = (ALIKE, Split(2, 6), Split(4, 4))
-BUSY = 3.0  # times the trace's own speed
+BUSY = 4.0  # times the trace's own speed
 MANY, MANY_SPEED = Split(both=100), 7.0  # workers, which are then busy for some 60 % of the time
 OURS = "kv"
 
