@@ -85,7 +85,7 @@ def main() -> None:
         for mode, tiers, speed in progress.track(wanted, description="runs"):
             replays.append(Replay(mode, speed, replay(requests, model, tiers, BLOCKS, speed, mode)))
             progress.console.print(f"{mode} × {speed:g}, {replays[-1].run.line}")
-    Console().print(table(replays))
+    Console(width=110).print(table(replays))
     found = list(bars(replays))
     for bar in found:
         print(f"{bar.name:55} {bar.value:8.2f} {bar.unit} {bar.bar or ''}")
