@@ -164,14 +164,17 @@ class WorkerError(DynamoError):
 
 
 class WorkerLost(WorkerError):
-    """The worker that owned the request died or went silent."""
+    """The worker that owned the request died, went silent, or left; another one may go on with the request.
+
+    `how`: "died", "silent", "gap" (messages of its were lost) or "left".
+    """
 
     status = 503
     kind = "worker_lost"
 
-    def __init__(self, name: str, cause: str) -> None:
+    def __init__(self, name: str, cause: str, how: str = "died") -> None:
         super().__init__(f"worker {name} was lost: {cause}")
-        self.name, self.cause = name, cause
+        self.name, self.cause, self.how = name, cause, how
 
 
 class PrefillFailed(DynamoError):

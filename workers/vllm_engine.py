@@ -22,7 +22,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from dynamo_lite.config import ProcessSpec, WorkerGroup
-from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerError
+from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerLost
 from dynamo_lite.plane.kv_wire import KvAsk, KvTold
 from dynamo_lite.plane.wire import Fingerprint, Incarnation, Role, Sampling
 from dynamo_lite.tasks import background, scope
@@ -188,6 +188,9 @@ class VllmEngine:
     async def answering(self) -> None:
         await self._pulse.answering()
 
+    def silent_s(self) -> float:
+        return self._pulse.silence_s
+
     async def close(self) -> None:
         if self._llm is not None:
             if self._llm.output_handler is not None:
@@ -240,7 +243,9 @@ class VllmEngine:
     async def generate(self, job: Job) -> AsyncGenerator[Output, None]:
         params: dict[str, Any] = {}
         try:
-            sampling = sampling_params(job.sampling, params)  # refused before anything is pinned or prepared
+            sampling = sampling_params(
+                job.sampling, params, job.resumed
+            )  # refused before anything is pinned or prepared
         except ValueError as error:
             raise RequestError(str(error)) from error
         receive = None
@@ -272,7 +277,7 @@ class VllmEngine:
                     self._onboarded(job.request_id)  # the engine's own word: a prefill worker's token may come before
                     yield output(result, cached)
         except EngineDeadError as error:
-            raise WorkerError("the engine died") from error
+            raise WorkerLost(self._spec.name, "its engine died") from error
         except ValueError as error:
             raise RequestError(str(error)) from error
         finally:
@@ -356,7 +361,11 @@ class VllmEngine:
     # ---- prefill ----
 
     async def prefill(self, job: PrefillJob) -> Prefilled:
-        if job.only_held and (self._stats.waiting or self._stats.running >= self._workers.max_num_seqs):
+        if (
+            job.only_held
+            and not job.leaving
+            and (self._stats.waiting or self._stats.running >= self._workers.max_num_seqs)
+        ):
             raise PrefillFailed("busy")  # before anything is read for it
         onboarding = self._onboard(job)
         try:

@@ -9,7 +9,7 @@ from dynamo_lite.errors import WorkerError
 from dynamo_lite.plane.bus import Bus
 from dynamo_lite.plane.wire import Sampling
 from tests.integration.workers.conftest import PROMPT, Fleet, StartWorker
-from workers import service as service_module
+from workers import leaving
 
 LONG = Sampling(max_tokens=3000, temperature=0.0)
 
@@ -25,7 +25,8 @@ async def test_a_dead_engine_ends_every_stream_with_an_error_and_leaves_discover
     for stream in streams:
         error = (await stream.ended())[-1].error
         assert error is not None
-        assert (error.kind, error.message) == ("engine_error", "the engine fell over")
+        assert (error.kind, error.fields["how"]) == ("worker_lost", "died")
+        assert "the engine fell over" in error.message
     with pytest.raises(WorkerError, match="the engine fell over"):
         await fleet.local["both-0"].task
     while fleet.membership.instances:
@@ -35,7 +36,7 @@ async def test_a_dead_engine_ends_every_stream_with_an_error_and_leaves_discover
 async def test_what_outlasts_the_drain_is_aborted_with_an_error(
     fleet: Fleet, start: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service_module, "DRAIN_DEADLINE_S", 0.1)
+    monkeypatch.setattr(leaving, "SIGTERM_DEADLINE_S", 0.1)
     record = await start("both-0", decode_step_ms=50)
     stream = await fleet.send(record, PROMPT, LONG)
     await stream.first()
