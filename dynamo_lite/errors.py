@@ -5,6 +5,7 @@ DynamoError                500
 ├── StartError             —    a part did not come up; names the part and its log
 ├── NotRunning             —    no deployment runs that could be looked at; says what to do
 ├── NotThere               —    the running deployment has no such worker or tier
+├── LastWorker             —    nobody would be left to generate
 ├── RequestError           400  the client's request is wrong; names the parameter
 │   ├── ModelNotFound      404
 │   └── BodyTooLarge       413
@@ -81,6 +82,19 @@ class NotThere(DynamoError):
     """The running deployment does not have what a command names."""
 
     kind = "not_there"
+
+
+class LastWorker(DynamoError):
+    """A worker that is asked to leave is the last that generates."""
+
+    kind = "last_worker"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name} is the last worker that generates: what it has could not go on elsewhere, and new requests would "
+            "be refused. Start another one first, or give --force"
+        )
+        self.name = name
 
 
 class RequestError(DynamoError):

@@ -88,7 +88,7 @@ def stats(file: File = None, worker: WorkerName = None, json: Json = False, set_
     """
     from dynamo_lite import kv_commands  # noqa: PLC0415
 
-    _run(kv_commands.stats(_deployment(file, set_), worker, json))
+    _run(kv_commands.stats(deployment(file, set_), worker, json))
 
 
 @app.command("ls")
@@ -109,7 +109,7 @@ def list_(
     from kvbm.events import Tier  # noqa: PLC0415
 
     chosen = None if tier is None else Tier(tier.value)
-    _run(kv_commands.list_blocks(_deployment(file, set_), chosen, worker, limit, json))
+    _run(kv_commands.list_blocks(deployment(file, set_), chosen, worker, limit, json))
 
 
 @app.command()
@@ -129,7 +129,7 @@ def verify(
     from kvbm.events import Tier  # noqa: PLC0415
 
     chosen = None if tier is None else Tier(tier.value)
-    _run(kv_commands.verify(_deployment(file, set_), chosen, worker, json))
+    _run(kv_commands.verify(deployment(file, set_), chosen, worker, json))
 
 
 @app.command()
@@ -155,7 +155,7 @@ def purge(
     chosen = None if tier is None else Tier(tier.value)
     if not yes and not sys.stdin.isatty():
         raise typer.BadParameter("nobody is here to be asked: give --yes if you are sure")
-    run = _deployment(file, set_)
+    run = deployment(file, set_)
     if not yes:
         with told_errors():
             question = asyncio.run(kv_commands.purge_question(run, chosen, worker))
@@ -163,7 +163,8 @@ def purge(
     _run(kv_commands.purge(run, chosen, worker))
 
 
-def _deployment(file: Path | None, overrides: list[str] | None) -> Run:
+def deployment(file: Path | None, overrides: list[str] | None) -> Run:
+    """The one that was started with `file`. Raises NotRunning; a wrong file ends the command."""
     from dynamo_lite.config_file import load  # noqa: PLC0415
     from dynamo_lite.state import Run  # noqa: PLC0415
 
