@@ -47,7 +47,7 @@ from dynamo_lite.telemetry import tracer
 HOUSEKEEPING_S = 0.1
 UNKNOWN = -1  # of batches: some may have been lost, and nobody waits for them any more
 DOUBT_S = 2.0  # a worker that says nothing for so long after NATS was away may have said it while it was
-WAIT_S = 30.0  # a stream that nobody can go on with waits so long for a worker
+WAIT_S = 60.0  # a stream that nobody can go on with waits so long for a worker
 
 log = logging.getLogger(__name__)
 

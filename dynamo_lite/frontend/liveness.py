@@ -18,6 +18,7 @@ from dynamo_lite.router.roster import Roster
 
 PING_S = 0.1
 SILENCE_S = 1.0  # a worker of which nothing is heard for so long is frozen or cut off
+HEAD_START_S = 0.6  # of a silence that began before anything was asked of the worker
 LONG_SILENCE_S = 3.0  # the same, where that is less likely
 QUIET_S = 0.7  # without one of its reports, which are four a second
 NATS_AWAY_S = 30.0  # without NATS nobody else could go on with a stream either
@@ -37,6 +38,7 @@ class Liveness:
         self._clock = asyncio.get_running_loop().time
         self._heard: dict[Incarnation, float] = {}  # its process and its engine
         self._reported: dict[Incarnation, float] = {}  # its process
+        self._watched: set[Incarnation] = set()
         self._alarms: dict[Incarnation, list[float]] = {}  # when it was given up as silent
 
     @classmethod
@@ -58,13 +60,15 @@ class Liveness:
     def keep_house(self) -> None:
         """Forget those that are not there any more."""
         for known in (self._heard, self._reported, self._alarms):
-            for worker in [one for one in known if one not in self._roster]:
+            for worker in [one for one in known if one not in self._roster and one not in self._watched]:
                 del known[worker]
 
     async def lost(self, worker: InstanceRecord) -> WorkerLost:
         """Returns once the worker is dead or has been silent for too long, and says which."""
         me, away = worker.incarnation, self._clock()
-        self.heard(me)  # from now on its silence counts
+        # One that has been silent for long needs less to be found frozen, but is asked first.
+        self._heard[me] = max(self._last(me, away), away - HEAD_START_S)
+        self._watched.add(me)
 
         def pong(data: bytes) -> None:
             try:
@@ -94,6 +98,8 @@ class Liveness:
             return WorkerLost(worker.name, "its process is gone", "died")
         except (_Silent, PlaneError) as error:
             return WorkerLost(worker.name, str(error), "silent")
+        finally:
+            self._watched.discard(me)
 
     def _report(self, message: Message) -> None:
         """Of its load. That its engine runs too, only pongs tell in time."""

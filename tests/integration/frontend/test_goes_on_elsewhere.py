@@ -119,6 +119,38 @@ async def test_a_frozen_worker_is_given_more_time_where_there_is_no_other(nats: 
     assert not only.cancels
 
 
+async def test_a_worker_that_is_registered_no_more_but_lives_finishes_its_streams(nats: NatsAddress) -> None:
+    async with stage(nats, "a", "b") as scene, reading(scene) as got:
+        first, request = await scene.placed()
+        await first.send(request, 1)
+        await got.until(1)
+        scene.roster.leave(first.record.incarnation)
+        with pytest.raises(TimeoutError):  # longer than a silence
+            async with asyncio.timeout(1.3):
+                await scene.requests.get()
+        await first.send(request, 2, finish="stop")
+    assert got.tokens() == [1, 2]
+
+
+async def test_a_worker_that_was_frozen_before_it_was_asked_is_found_so_sooner(nats: NatsAddress) -> None:
+    async with stage(nats, "a", "b") as scene:
+        first = scene.puppets["a"]
+        first.frozen = True
+        report = encode(LoadReport(first.record.incarnation, 1, 0, 0, 0, 1000))
+        await first.bus.publish(SUBJECTS.load(first.record.incarnation), report)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.7):
+                await scene.requests.get()
+        since = time.monotonic()
+        async with reading(scene), reading(scene):
+            placed = [await scene.placed() for _ in range(3)]
+            assert time.monotonic() - since < 0.9
+            assert [puppet.record.name for puppet, _ in placed] in (["a", "b", "b"], ["b", "a", "b"])
+            for puppet, request in placed:
+                if puppet is not first:
+                    await puppet.send(request, 1, finish="stop")
+
+
 async def test_after_a_lost_message_the_stream_goes_on_from_what_came(nats: NatsAddress) -> None:
     async with stage(nats, "a") as scene, reading(scene) as got:
         only, request = await scene.placed()
