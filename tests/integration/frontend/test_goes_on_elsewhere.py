@@ -14,10 +14,10 @@ import pytest
 from dynamo_lite.config import NatsAddress
 from dynamo_lite.embedded import EmbeddedServer
 from dynamo_lite.errors import DynamoError, RequestError, WorkerError, WorkerLost
-from dynamo_lite.plane.wire import Delta, Holder, LoadReport, Resumed, WireError
+from dynamo_lite.plane.wire import Delta, Holder, LoadReport, Resumed, WireError, encode
 from kvbm.events import KvSnapshot
 from tests.instances import record
-from tests.integration.frontend.test_generate import DEADLINE_S, PROMPT, Deltas, Puppet, Stage, catch, stage
+from tests.integration.frontend.test_generate import DEADLINE_S, PROMPT, SUBJECTS, Deltas, Puppet, Stage, catch, stage
 
 
 @dataclass
