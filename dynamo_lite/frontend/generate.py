@@ -261,6 +261,7 @@ class Backend:
         self._watches: dict[Incarnation, asyncio.Task[None]] = {}
         self._seqs: dict[Incarnation, int] = {}  # last delta batch
         self._cancels = Cancels(bus, subjects, group)
+        self._waiting: set[asyncio.Timeout] = set()  # calls that nobody can go on with
         self.moves = Moves(roster, self._of_worker, lambda flight: flight.call.put(flight, ELSEWHERE))
 
     @classmethod
@@ -288,7 +289,10 @@ class Backend:
         return Call(self, work, traceparent, timeout_s)
 
     def fail_all(self, error: DynamoError) -> None:
-        """End every request in flight with an error."""
+        """End every request in flight with an error, and those that wait for a worker with theirs."""
+        for limit in self._waiting:
+            if not limit.expired():
+                limit.reschedule(asyncio.get_running_loop().time())
         for flight in list(self._flights.values()):
             flight.abandoned = True
             flight.call.put(flight, error)
@@ -308,10 +312,13 @@ class Backend:
     async def somebody(self, tokens: int, timeout_s: float) -> bool:
         """Whether, in time, there is a worker that can go on after so many tokens."""
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s) as limit:
+                self._waiting.add(limit)
                 await self._roster.until(lambda: any(_fits(each, tokens) for each in self._roster.usable(DECODES)))
         except TimeoutError:
             return False
+        finally:
+            self._waiting.discard(limit)
         return True
 
     async def send(self, flight: Flight, request: GenerateRequest) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from dynamo_lite.config import NatsAddress
 from dynamo_lite.embedded import EmbeddedServer
-from dynamo_lite.errors import DynamoError, RequestError, WorkerError, WorkerLost
+from dynamo_lite.errors import DynamoError, PlaneError, RequestError, WorkerError, WorkerLost
 from dynamo_lite.plane.wire import Delta, Holder, LoadReport, Resumed, WireError, encode
 from kvbm.events import KvSnapshot
 from tests.instances import record
@@ -275,6 +275,22 @@ async def test_a_stream_that_nobody_can_go_on_with_waits_for_a_worker(nats: Nats
         assert puppet is other
         await puppet.send(again, 2, finish="stop")
     assert got.tokens() == [1, 2]
+
+
+async def test_a_stream_that_waits_for_a_worker_ends_with_the_server(nats: NatsAddress) -> None:
+    got: list[int] = []
+    async with stage(nats, "a") as scene, asyncio.TaskGroup() as group:
+        begun = asyncio.Event()
+        reader = group.create_task(catch(scene.deltas(), got, begun))
+        first, request = await scene.placed()
+        await first.send(request, 1)
+        await begun.wait()
+        await first.die()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await asyncio.shield(reader)
+        scene.backend.fail_all(PlaneError("the server is stopping"))
+        assert isinstance(await reader, WorkerLost)
 
 
 async def test_a_stream_whose_end_was_lost_with_nats_is_given_it_again(
