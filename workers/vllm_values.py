@@ -9,21 +9,17 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from dynamo_lite.plane.wire import Sampling, TokenLogprob
 from workers.engine import Output
-from workers.resumed import seed_after
 
 
-def sampling_params(sampling: Sampling, kv_transfer: dict[str, Any] | None, resumed: int = 0) -> SamplingParams:
-    """Ours as vLLM's. Text stop strings and EOS are the frontend's: only ids in `stop_token_ids` end a sequence.
-
-    `resumed`: tokens that another engine has generated.
-    """
+def sampling_params(sampling: Sampling, kv_transfer: dict[str, Any] | None) -> SamplingParams:
+    """Ours as vLLM's. Text stop strings and EOS are the frontend's: only ids in `stop_token_ids` end a sequence."""
     return SamplingParams(
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         min_p=sampling.min_p,
-        seed=seed_after(sampling.seed, resumed),
+        seed=sampling.seed,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         repetition_penalty=sampling.repetition_penalty,

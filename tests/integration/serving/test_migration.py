@@ -108,7 +108,7 @@ def migrations(deployment: Deployment, cause: str) -> float:
 
 def test_tokens_are_identical_after_a_worker_is_killed(both: Deployment) -> None:
     bodies: list[dict[str, Any]] = [{"prompt": prompt(100 + number, 700)} for number in range(3)]
-    bodies.append({"prompt": prompt(150, 701), "n": 2})
+    bodies.append({"prompt": prompt(150, 701), "n": 2, "frequency_penalty": 0.4})
     expected = [stream(both, **body) for body in bodies]
     before = migrations(both, "died")
     told = hit(both, bodies, both.kill)

@@ -16,7 +16,7 @@ from dynamo_lite.plane.wire import FrontendId as Frontend
 from dynamo_lite.plane.wire import GenerateRequest, Incarnation, RequestId, Resumed, Role, Sampling, TokenLogprob
 from tests.sim_engines import VOCAB, sim_spec, write_model
 from workers.engine import Job, Output
-from workers.resumed import seed_after
+from workers.resumed import carried
 from workers.sim_engine import SimEngine
 
 SAMPLING = st.builds(
@@ -79,9 +79,17 @@ def test_a_request_says_what_the_client_has_of_each_sequence() -> None:
 
 @pytest.mark.parametrize("seed", [0, 7, 2**63 - 1])
 def test_a_seed_goes_on_as_another_one_that_depends_on_nothing_but_the_cut(seed: int) -> None:
-    seeds = [seed_after(seed, count) for count in range(50)]
+    sampling = Sampling(9, seed=seed)
+    seeds = [carried(sampling, [5] * count).seed for count in range(50)]
     assert seeds[0] == seed
-    assert seeds == [seed_after(seed, count) for count in range(50)]
+    assert seeds == [carried(sampling, [6] * count).seed for count in range(50)]
     assert len(set(seeds)) == 50
     assert all(one is not None and 0 <= one < 2**63 for one in seeds)
-    assert seed_after(None, 5) is None
+    assert carried(Sampling(9), [5]).seed is None
+
+
+def test_penalties_of_what_was_said_before_the_cut_go_on_as_a_bias() -> None:
+    sampling = Sampling(9, frequency_penalty=0.5, presence_penalty=0.25, logit_bias={7: 1.0, 8: 2.0})
+    assert carried(sampling, [7, 9, 7]).logit_bias == {7: 1.0 - 1.25, 8: 2.0, 9: -0.75}
+    assert carried(sampling, []) is sampling
+    assert carried(Sampling(9, repetition_penalty=1.2), [7, 9, 7]) == Sampling(9, repetition_penalty=1.2)
