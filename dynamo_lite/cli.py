@@ -148,6 +148,61 @@ def metadata_server(
         asyncio.run(run_metadata_server(host, port, folder, lambda url: typer.echo(f"Ready: metadata_server: {url}")))
 
 
+LEAVING = """
+\b
+Scale down, or free a machine for maintenance:
+  dynamo-lite drain decode-1 configs/quickstart.yaml
+
+\b
+Restart every worker, one after the other, under load:
+  for worker in prefill-0 decode-0 decode-1; do dynamo-lite drain $worker FILE --restart || break; done
+
+\b
+The cloud takes this machine back in two minutes:
+  dynamo-lite drain decode-1 --spot
+"""
+
+SPOT_S, DRAIN_S = 120.0, 30.0
+
+
+@app.command(epilog=LEAVING)
+def drain(
+    instance: Annotated[str, typer.Argument(metavar="INSTANCE", help="The worker, e.g. decode-1.")],
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FILE", help="What was started.  [default: the namespace 'default']", show_default=False
+        ),
+    ] = None,
+    deadline: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="SECONDS", help="Then it ends in any case.  [default: 30; with --spot 120]"),
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Start it again afterwards, and wait for that.")] = False,
+    spot: Annotated[bool, typer.Option("--spot", help="Its machine goes: even if it is the last worker.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even if it is the last worker that generates.")] = False,
+    set_: Overrides = None,
+) -> None:
+    """Have a worker of a running deployment leave, without a stream noticing.
+
+    It gets no new requests. What it generates goes on at other workers, which take the KV from it; it ends when all of
+    that is done, and is not started again until the next `serve`. What is left at the deadline is computed again
+    elsewhere. SIGTERM to a worker does the same, and starts it again.
+    """
+    from dynamo_lite.drain_client import drain as leave  # noqa: PLC0415
+    from dynamo_lite.kv_cli import deployment  # noqa: PLC0415
+    from dynamo_lite.plane.drain_wire import Drain  # noqa: PLC0415
+
+    if spot and restart:
+        raise typer.BadParameter("a machine that goes starts nothing again: give one of --spot and --restart")
+    seconds = deadline if deadline is not None else SPOT_S if spot else DRAIN_S
+    ask = Drain(seconds, restart, "spot" if spot else "drain")
+    with told_errors():
+        code = asyncio.run(leave(deployment(file, set_), instance, ask, force=force or spot))
+    if code:
+        raise typer.Exit(code)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""

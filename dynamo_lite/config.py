@@ -154,6 +154,7 @@ class WorkerGroup(Model):
     kv_cache: Bytes | None = None  # device KV per worker; default: 512MiB on CPU, vLLM's choice on GPU
     max_num_seqs: Annotated[int, Field(ge=1)] = 64
     threads: Annotated[int, Field(ge=1)] | None = None  # CPU threads per worker; default: the cores shared evenly
+    spot_notice_file: Path | None = None  # once it is there, the machine is about to be taken away: drain
     args: dict[str, Any] = {}  # passed to vLLM's AsyncEngineArgs
     env: dict[str, str] = {}
 

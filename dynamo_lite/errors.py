@@ -6,6 +6,7 @@ DynamoError                500
 ├── TraceError             —    a trace to simulate cannot be used; file, line
 ├── NotRunning             —    no deployment runs that could be looked at; says what to do
 ├── NotThere               —    the running deployment has no such worker or tier
+├── LastWorker             —    nobody would be left to generate
 ├── RequestError           400  the client's request is wrong; names the parameter
 │   ├── ModelNotFound      404
 │   └── BodyTooLarge       413
@@ -94,6 +95,19 @@ class NotThere(DynamoError):
     kind = "not_there"
 
 
+class LastWorker(DynamoError):
+    """A worker that is asked to leave is the last that generates."""
+
+    kind = "last_worker"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name} is the last worker that generates: what it has could not go on elsewhere, and new requests would "
+            "be refused. Start another one first, or give --force"
+        )
+        self.name = name
+
+
 class RequestError(DynamoError):
     """The request is malformed or impossible; `param` names the field at fault."""
 
@@ -175,14 +189,17 @@ class WorkerError(DynamoError):
 
 
 class WorkerLost(WorkerError):
-    """The worker that owned the request died or went silent."""
+    """The worker that owned the request died, went silent, or left; another one may go on with the request.
+
+    `how`: "died", "silent", "gap" (messages of its were lost) or "left".
+    """
 
     status = 503
     kind = "worker_lost"
 
-    def __init__(self, name: str, cause: str) -> None:
+    def __init__(self, name: str, cause: str, how: str = "died") -> None:
         super().__init__(f"worker {name} was lost: {cause}")
-        self.name, self.cause = name, cause
+        self.name, self.cause, self.how = name, cause, how
 
 
 class PrefillFailed(DynamoError):

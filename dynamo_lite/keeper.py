@@ -46,6 +46,7 @@ class Keeper:
         self.name = name
         self.ready = asyncio.Event()  # now
         self.starts = 0
+        self.drained = False
         self.child: Child | None = None
         self._spawn, self._tell, self._grace_s, self._silence_s = spawn, tell, grace_s, silence_s
         self._was_ready = False
@@ -55,12 +56,19 @@ class Keeper:
         self._patience: asyncio.Timeout | None = None
 
     async def run(self) -> NoReturn:
-        """Raises StartError when the process ends before it was ever ready; afterwards restarts it, for ever."""
+        """Raises StartError when the process ends before it was ever ready; afterwards restarts it, for ever.
+
+        One that has said that it is drained stays away.
+        """
         backoff = Backoff()
         while True:
             reason, log = await self._live()
             healthy_s = time.monotonic() - self._ready_since if self.ready.is_set() else 0.0
             self.ready.clear()
+            if self.drained:
+                self.child = None
+                self._tell(self.name, "drained", "it left, and stays away until the next start")
+                await asyncio.Event().wait()
             if not self._was_ready:
                 self._tell(self.name, "failed", reason)
                 raise StartError(self.name, reason, str(log))
@@ -154,6 +162,8 @@ class Keeper:
                 self._patience.reschedule(self._deadline())  # from here on silence counts
         if status.phase == "failed":
             self._sentence = status.detail
+        elif status.phase == "drained":
+            self.drained = True
         else:
             self._tell(self.name, status.phase, status.detail)
 

@@ -164,7 +164,7 @@ def purge(
 
 
 def deployment(file: Path | None, overrides: list[str] | None) -> Run:
-    """The running one that was started with that file."""
+    """The one that was started with `file`. Raises NotRunning; a wrong file ends the command."""
     from dynamo_lite.config_file import load  # noqa: PLC0415
     from dynamo_lite.state import Run  # noqa: PLC0415
 

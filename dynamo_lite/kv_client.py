@@ -125,7 +125,7 @@ def targets(stats: Mapping[Worker, KvTiers], wanted: Tier | None = None) -> list
 async def connect(run: Run, only: str | None = None) -> AsyncIterator[KvClient]:
     """A client of that deployment. `only`: the worker of that name. Raises PlaneError, NotThere."""
     async with Bus.connect(run.nats, "dynamo-lite kv") as bus:
-        workers = _labelled(await _records(run))
+        workers = await live_workers(run)
         client = KvClient(bus, run.namespace, [one for one in workers if only in (None, one.label, one.record.name)])
         known = {worker.record.name for worker in workers}
         for process in run.processes:
@@ -137,8 +137,12 @@ async def connect(run: Run, only: str | None = None) -> AsyncIterator[KvClient]:
         yield client
 
 
+async def live_workers(run: Run) -> list[Worker]:
+    """Every one of the namespace, on whatever host. Raises PlaneError."""
+    return _labelled(await _records(run))
+
+
 async def _records(run: Run) -> list[InstanceRecord]:
-    """Of every live worker of the namespace, on whatever host."""
     try:
         async with (
             asyncio.timeout(LOOK_UP_S),

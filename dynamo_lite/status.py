@@ -11,7 +11,7 @@ import msgspec
 STATUS_FD = "DYNAMO_LITE_STATUS_FD"  # the supervisor sets it to the number of the pipe's writing end
 BEAT_INTERVAL_S = 1.0
 
-Phase = Literal["starting", "downloading", "converting", "loading", "ready", "failed", "draining"]
+Phase = Literal["starting", "downloading", "converting", "loading", "ready", "failed", "draining", "drained"]
 PHASES: tuple[str, ...] = get_args(Phase)
 
 

@@ -108,6 +108,11 @@ class Job:
     trace_headers: dict[str, str] = field(default_factory=dict)
     held_tokens: int = 0  # of the prompt, on this worker, as the router believes; for the load report alone
     alone: bool = True  # no other sequence waits for this one's KV, so a token may come before that is here
+    resumed: int = 0  # the last so many of `token_ids` were generated, elsewhere, and `sampling` is for the rest
+
+    @property
+    def history(self) -> list[int]:
+        return self.token_ids[len(self.token_ids) - self.resumed :]
 
 
 class Output(msgspec.Struct, frozen=True):  # made for every token; a frozen dataclass takes five times as long
@@ -132,6 +137,7 @@ class PrefillJob:
     sampling: Sampling | None = None  # how to choose the token after it
     first_token: Callable[[int], None] | None = None  # called with that token, long before the push has ended
     only_held: bool = False  # a pull: to be refused ("not held", "busy") where a block would have to be computed
+    leaving: bool = False  # of a sequence that was generated here until now: not refused for being busy
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +232,10 @@ class Engine(Protocol):
 
     async def answering(self) -> None:
         """Returns at once while the engine's processes run, otherwise, when they are frozen, once they do again."""
+        ...
+
+    def silent_s(self) -> float:
+        """How long its processes have shown no sign of life; next to nothing while they run."""
         ...
 
     async def failed(self) -> str:

@@ -103,6 +103,7 @@ class Prefills:
             request.sampling,
             partial(self._first_token, request) if request.sampling is not None else None,
             request.only_held,
+            request.leaving,
         )
         metrics = self._serving.metrics
         try:

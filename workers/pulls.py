@@ -32,10 +32,11 @@ class Pulls:
     silence_s: float
     cost: PullCost
 
-    def weigh(self, held: int, prompt_tokens: int, here: int, *, remote: bool) -> Pull | None:
+    def weigh(self, held: int, prompt_tokens: int, here: int, *, remote: bool, leaving: bool = False) -> Pull | None:
         """None where there is too little to pull: of the prompt another worker holds `held` tokens, this one `here`.
 
-        `remote`: a prefill worker could be asked for the whole prompt instead.
+        `remote`: a prefill worker could be asked for the whole prompt instead. `leaving`: the holder has generated the
+        sequence until now. Several such come at once, and computing them all would hold up what runs here.
         """
         end = min(held, prompt_tokens - 1) // self.block_size * self.block_size
         tokens = end - here
@@ -43,7 +44,7 @@ class Pulls:
             return None
         size = tokens // self.block_size * self.block_bytes
         forecast = self.cost.forecast(size, tokens, prompt_tokens - end, remote=remote)
-        if self.mode == "always":
+        if leaving or self.mode == "always":
             return Pull(end, forecast, True, None)
         return Pull(end, forecast, forecast.pull, self._patience_s(forecast))
 

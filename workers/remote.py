@@ -99,14 +99,15 @@ class CandidatePrefill:
     def plan(self, here: int) -> int:
         if self._holder is None:
             return self._end
-        pull = self._plane.pulls.weigh(self._holder.tokens, self._end, here, remote=self.more)
+        holder = self._holder
+        pull = self._plane.pulls.weigh(holder.tokens, self._end, here, remote=self.more, leaving=holder.leaving)
         if pull is None:
             return self._end
         self.forecast = pull.forecast
         if pull.chosen:
             self._pull, self._end = pull, pull.tokens
-            others = [candidate for candidate in self._left if candidate != self._holder.incarnation]
-            self._left = deque([self._holder.incarnation, *others])
+            others = [candidate for candidate in self._left if candidate != holder.incarnation]
+            self._left = deque([holder.incarnation, *others])
         elif not self.more:
             self.reason = FASTER_HERE
         return self._end
@@ -255,6 +256,7 @@ class CandidatePrefill:
             prompt.traceparent,
             prompt.sampling if wants_token else None,
             only_held=self._pulling,
+            leaving=self._pulling and self._holder is not None and self._holder.leaving,
         )
 
     async def _cancel(self, worker: Incarnation) -> None:

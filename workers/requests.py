@@ -16,6 +16,7 @@ from dynamo_lite.plane.wire import Cancel, Delta, FirstToken, FrontendId, Genera
 from dynamo_lite.telemetry import AttributeValue, spanning, traceparent
 from workers.deltas import DeltaSender
 from workers.engine import Job, Output, RemotePrefill
+from workers.left import Left
 from workers.pulls import Pulls
 from workers.remote import NO_CANDIDATES, CandidatePrefill, PrefillPlane, Prompt
 from workers.serving import InFlight, Serving
@@ -29,18 +30,24 @@ class _Request:
 
     wire: GenerateRequest
     deadline: float  # on the event loop's clock
+    histories: dict[int, list[int]]  # of the sequences to generate: tokens that another worker has generated
     open: set[int]  # sequences whose last delta has not been sent
     cancelled: set[int | None]  # sequences cancelled one by one
     traceparent: str = ""
     tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
-    first_token: asyncio.Event = field(default_factory=asyncio.Event)  # of sequence 0, or its end
+    first_token: asyncio.Event = field(default_factory=asyncio.Event)  # of the first sequence, or its end
     error: DynamoError | None = None  # what ended it; None: its client cancelled
-    reason: str = NO_CANDIDATES  # how sequence 0's prompt was computed
-    predicted: dict[str, AttributeValue] = field(default_factory=dict)  # of sequence 0, where pulling was considered
-    chosen_by: str = "decode"  # who chose sequence 0's first token: a "prefill" or this worker
-    cached_tokens: int = 0  # of sequence 0
+    reason: str = NO_CANDIDATES  # how the first sequence's prompt was computed
+    predicted: dict[str, AttributeValue] = field(default_factory=dict)  # of the first, where pulling was considered
+    chosen_by: str = "decode"  # who chose the first sequence's first token: a "prefill" or this worker
+    cached_tokens: int = 0  # of the first sequence
     generated: int = 0
     outcome: str = "ok"
+
+    @property
+    def first(self) -> int:
+        """The sequence that computes the prompt for all: 0, unless that is over already."""
+        return min(self.histories)
 
 
 class Requests:
@@ -52,6 +59,7 @@ class Requests:
             serving.bus, serving.subjects, serving.metrics, serving.group, pulls.silence_s, pulls
         )
         self._requests: dict[RequestId, _Request] = {}
+        self.left = Left(serving.group)
         self.in_flight = InFlight(serving.changed)
 
     def receive(self, message: Message) -> None:
@@ -72,7 +80,8 @@ class Requests:
             self._serving.metrics.ended("cancelled")
             return
         deadline = asyncio.get_running_loop().time() + request.timeout_ms / 1000
-        state = _Request(request, deadline, set(range(request.n)), early)
+        histories = request.histories
+        state = _Request(request, deadline, histories, set(histories), early)
         self._requests[request.request_id] = state
         self.in_flight.start(request.request_id, self._serving.group.create_task(self._serve(state)))
 
@@ -89,10 +98,15 @@ class Requests:
 
     def cancel(self, cancel: Cancel) -> bool:
         """False when no such request is here."""
+        if self.left.fetched(cancel.request_id):
+            return True
         state = self._requests.get(cancel.request_id)
         if state is None:
             return False
-        if cancel.index is None or (state.wire.n == 1 and cancel.index == 0):
+        if cancel.index is None or state.histories.keys() == {cancel.index}:
+            if cancel.moved:
+                state.outcome = "moved"
+                self.left.behind(cancel.request_id)
             self.in_flight.cancel(cancel.request_id)
             return True
         state.cancelled.add(cancel.index)
@@ -124,6 +138,11 @@ class Requests:
             raise RequestError("n must be at least 1", "n")
         if request.sampling.max_tokens < 1:
             raise RequestError("max_tokens must be at least 1", "max_tokens")
+        histories = request.histories
+        if not all(0 <= index < request.n for index in histories) or len(histories) < len(request.resumed):
+            raise RequestError(f"sequences to go on with must be different ones of the {request.n}")
+        if any(len(tokens) >= request.sampling.max_tokens for tokens in histories.values()):
+            raise RequestError("a sequence to go on with has all of its tokens")
 
     def _refuse_unread(self, reply: str, error: ProtocolMismatch) -> None:
         """A request that cannot be read still names its frontend and id, in the subject it was to be bounced to."""
@@ -149,6 +168,7 @@ class Requests:
             "worker": self._serving.name,
             "prompt_tokens": len(request.token_ids),
             "n": request.n,
+            "resumed_tokens": sum(map(len, state.histories.values())),
             "route.reason": request.route_reason,
         }
         try:
@@ -164,17 +184,19 @@ class Requests:
     async def _bounded(self, state: _Request) -> None:
         try:
             async with asyncio.timeout_at(state.deadline):
-                if state.wire.n == 1:
-                    await self._sequence(state, 0)
+                if len(state.histories) == 1:
+                    (only,) = state.histories
+                    await self._sequence(state, only)
                 else:
                     async with asyncio.TaskGroup() as sequences:
-                        for index in range(state.wire.n):
+                        for index in sorted(state.histories):
                             state.tasks[index] = sequences.create_task(self._sequence(state, index))
         except TimeoutError:
             state.outcome = "timeout"
             state.error = DeadlineExceeded(f"request {state.wire.request_id}", state.wire.timeout_ms / 1000)
         except asyncio.CancelledError:
-            state.outcome = "cancelled" if state.error is None else "error"
+            if state.outcome != "moved":
+                state.outcome = "cancelled" if state.error is None else "error"
             raise
         except Exception as bug:
             first = bug.exceptions[0] if isinstance(bug, ExceptionGroup) else bug
@@ -210,9 +232,9 @@ class Requests:
 
     async def _sequence(self, state: _Request, index: int) -> None:
         try:
-            if index:
-                await state.first_token.wait()  # from then on sequence 0's prompt is in the cache for all
-            if index and state.error is not None:
+            if index != state.first:
+                await state.first_token.wait()  # from then on the prompt is in the cache for all
+            if index != state.first and state.error is not None:
                 raise state.error
             if index not in state.cancelled:
                 await self._run(state, index)
@@ -224,7 +246,7 @@ class Requests:
         finally:
             if index in state.cancelled and index in state.open:
                 self._close(state, index, None)
-            if index == 0:
+            if index == state.first:
                 state.first_token.set()
 
     async def _run(self, state: _Request, index: int) -> None:
@@ -239,31 +261,33 @@ class Requests:
         finally:
             reason = remote.reason if isinstance(remote, CandidatePrefill) else NO_CANDIDATES
             self._serving.metrics.prompts.labels(reason).inc()
-            if index == 0:
+            if index == state.first:
                 state.reason = reason
                 state.predicted = _predicted(remote)
                 state.chosen_by = "prefill" if isinstance(remote, CandidatePrefill) and remote.chose else "decode"
 
     def _job(self, state: _Request, index: int) -> Job:
-        request = state.wire
-        sampling = request.sampling
+        request, history = state.wire, state.histories[index]
+        sampling = request.sampling.after(len(history))
         if index and sampling.seed is not None:
             sampling = msgspec.structs.replace(sampling, seed=sampling.seed + index)
         job_id = request.request_id if request.n == 1 else RequestId(f"{request.request_id}-{index}")
+        token_ids = request.token_ids + history if history else request.token_ids
         remote = None
         if request.prefill or request.holder is not None:
-            prompt = Prompt(job_id, request.token_ids, request.cache_salt, state.traceparent, state.deadline, sampling)
+            prompt = Prompt(job_id, token_ids, request.cache_salt, state.traceparent, state.deadline, sampling)
             remote = CandidatePrefill(self._plane, prompt, request.prefill, request.holder)
         trace = {"traceparent": state.traceparent} if state.traceparent else {}
+        alone = len(state.histories) == 1
         return Job(
-            job_id, request.token_ids, sampling, request.cache_salt, remote, trace, request.held_tokens, request.n == 1
+            job_id, token_ids, sampling, request.cache_salt, remote, trace, request.held_tokens, alone, len(history)
         )  # fmt: skip
 
     def _pass_on(self, state: _Request, index: int, output: Output) -> None:
         cached = output.cached_tokens
         if cached is not None:
             self._serving.metrics.hit_blocks.inc(cached // self._serving.block_size)
-            if index == 0:
+            if index == state.first:
                 state.cached_tokens = cached
         state.generated += len(output.token_ids)
         if output.finish is not None:
@@ -275,10 +299,10 @@ class Requests:
             output.logprobs,
             output.finish,
             output.stop_token,
-            cached if index == 0 else None,
+            cached if index == state.first else None,
         )
         self._deltas.send(state.wire.frontend, delta)
-        if index == 0:
+        if index == state.first:
             state.first_token.set()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from dynamo_lite.config import ProcessSpec
-from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerError
+from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerError, WorkerLost
 from dynamo_lite.plane.kv_wire import KvAsk, KvTold
 from dynamo_lite.plane.layout import KvLayout
 from dynamo_lite.plane.wire import Fingerprint, Incarnation, PushTarget, Role, Sampling
@@ -164,15 +164,18 @@ class SimEngine:
     async def answering(self) -> None:
         """It has no process of its own."""
 
+    def silent_s(self) -> float:
+        return 0.0
+
     async def failed(self) -> str:
         await self._dead.wait()
         return self._reason
 
     def fail(self, reason: str) -> None:
-        """Die: everything in flight and everything that follows gets a WorkerError."""
+        """Die: everything in flight and everything that follows gets a WorkerLost."""
         self._reason = reason
         for inbox in self._inboxes.values():
-            inbox.put(WorkerError(reason))
+            inbox.put(WorkerLost(self._spec.name, reason))
         self._dead.set()
 
     # -- work
@@ -235,7 +238,7 @@ class SimEngine:
 
     def _require_held(self, job: PrefillJob) -> None:
         """Raises PrefillFailed where a block would have to be computed, or waited for."""
-        if self._scheduler.waiting:
+        if self._scheduler.waiting and not job.leaving:
             raise PrefillFailed("busy")
         most = (len(job.token_ids) - 1) // self._block_size  # the last token is computed in any case
         hashes = block_hashes(job.token_ids, self._block_size, job.cache_salt)[:most]
@@ -298,7 +301,7 @@ class SimEngine:
 
     def _check(self, token_ids: list[int], limit: int) -> None:
         if self._dead.is_set():
-            raise WorkerError(self._reason)
+            raise WorkerLost(self._spec.name, self._reason)
         if not token_ids:
             raise RequestError("the prompt is empty", "prompt")
         if len(token_ids) > limit:

@@ -22,7 +22,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from dynamo_lite.config import ProcessSpec, WorkerGroup
-from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerError
+from dynamo_lite.errors import PrefillFailed, RequestError, StartError, WorkerLost
 from dynamo_lite.plane.kv_wire import KvAsk, KvTold
 from dynamo_lite.plane.wire import Fingerprint, Incarnation, Rates, Role, Sampling
 from dynamo_lite.tasks import background, scope
@@ -64,6 +64,7 @@ from workers.pushes import Pushes
 from workers.rank_reports import RankReports
 from workers.rates import Answers, Queue, Speeds
 from workers.receives import Receive, Receives
+from workers.resumed import carried
 from workers.tiers.admin import KvAdmin
 from workers.tiers.onboarding import Onboarding
 from workers.tiers.place import place_of
@@ -194,6 +195,9 @@ class VllmEngine:
     async def answering(self) -> None:
         await self._pulse.answering()
 
+    def silent_s(self) -> float:
+        return self._pulse.silence_s
+
     async def close(self) -> None:
         if self._llm is not None:
             if self._llm.output_handler is not None:
@@ -244,7 +248,8 @@ class VllmEngine:
     async def generate(self, job: Job) -> AsyncGenerator[Output, None]:
         params: dict[str, Any] = {}
         try:
-            sampling = sampling_params(job.sampling, params)  # refused before anything is pinned or prepared
+            # Refused before anything is pinned or prepared.
+            sampling = sampling_params(carried(job.sampling, job.history), params)
         except ValueError as error:
             raise RequestError(str(error)) from error
         onboarding = self._onboard(job, job.trace_headers.get("traceparent", ""))
@@ -278,7 +283,7 @@ class VllmEngine:
                     yield told
             self._answers.ended(generated)
         except EngineDeadError as error:
-            raise WorkerError("the engine died") from error
+            raise WorkerLost(self._spec.name, "its engine died") from error
         except ValueError as error:
             raise RequestError(str(error)) from error
         finally:
@@ -364,7 +369,11 @@ class VllmEngine:
     # ---- prefill ----
 
     async def prefill(self, job: PrefillJob) -> Prefilled:
-        if job.only_held and (self._stats.waiting or self._stats.running >= self._workers.max_num_seqs):
+        if (
+            job.only_held
+            and not job.leaving
+            and (self._stats.waiting or self._stats.running >= self._workers.max_num_seqs)
+        ):
             raise PrefillFailed("busy")  # before anything is read for it
         onboarding = self._onboard(job)
         try:

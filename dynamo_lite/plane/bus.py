@@ -196,12 +196,32 @@ class Bus:
 
         return await self._ask(subject, data, timeout_s, probing)
 
-    async def watch_alive(self, probe: str, *, silence_s: float, interval_s: float = 0.2) -> NoReturn:
-        """Ping `probe` until the peer is gone (NoResponders) or silent (DeadlineExceeded)."""
-        never: Answer = asyncio.get_running_loop().create_future()
-        await self._probe(never, probe, silence_s, interval_s, lossy=False)
-        never.result()
-        raise AssertionError("only an error ends a watch")
+    async def watch_alive(
+        self, probe: str, *, pong: Callable[[bytes], None], check: Callable[[float], None], interval_s: float = 0.1
+    ) -> NoReturn:
+        """Ping `probe` until the peer is gone (NoResponders), or until `check` raises.
+
+        `pong` is given each answer. `check` is called after every ping, with the seconds that it comes too late: those
+        were this loop's own doing, and not the peer's silence.
+        """
+        loop, gone = asyncio.get_running_loop(), asyncio.Event()
+
+        def hear(message: Message) -> None:
+            if not message.no_responders:
+                pong(message.data)
+            elif not self.settling:
+                gone.set()
+
+        with self._receive(hear) as reply:
+            while True:
+                await self.publish(probe, _PING, reply)
+                due = loop.time() + interval_s
+                try:
+                    async with asyncio.timeout_at(due):
+                        await gone.wait()
+                    raise NoResponders(probe)
+                except TimeoutError:
+                    check(max(0.0, loop.time() - due))
 
     # -- waiting for answers
 
@@ -280,7 +300,6 @@ class Bus:
         probe: str,
         silence_s: float,
         interval_s: float,
-        lossy: bool = True,
     ) -> None:
         """Returns when `answer` is done; sets it to NoResponders itself when the pinged peer is gone."""
         loop = asyncio.get_running_loop()
@@ -301,7 +320,7 @@ class Bus:
                 await asyncio.wait((answer,), timeout=interval_s)
                 now = loop.time()
                 heard += max(0.0, now - due)  # time this loop was blocked itself is not the peer's silence
-                if lossy and self.reconnects != connections and lost_at is None:
+                if self.reconnects != connections and lost_at is None:
                     lost_at = now
                 silent_since = heard if lost_at is None else min(heard, lost_at)
                 if not answer.done() and now - silent_since > silence_s:

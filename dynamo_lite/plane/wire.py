@@ -17,7 +17,7 @@ from dynamo_lite.errors import DynamoError, ProtocolMismatch
 from dynamo_lite.plane.layout import KvLayout, exchange_problem
 from kvbm.events import Tier
 
-PROTOCOL = 2  # raised with every change of a message, also of those between movers (workers/connector/protocol.py)
+PROTOCOL = 3  # raised with every change of a message, also of those between movers (workers/connector/protocol.py)
 Scalar = str | int | float
 
 Incarnation = NewType("Incarnation", str)  # uuid4 hex, new at every start of a worker process
@@ -98,12 +98,27 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: int | None = None  # None: off; k: the chosen token and the k likeliest
     logit_bias: dict[int, float] | None = None
 
+    def after(self, generated: int) -> Sampling:
+        """For what is left of a sequence once it has so many tokens, fewer than `max_tokens`."""
+        if not generated:
+            return self
+        left, least = self.max_tokens - generated, max(0, self.min_tokens - generated)
+        return msgspec.structs.replace(self, max_tokens=left, min_tokens=least)
+
 
 class Holder(msgspec.Struct, frozen=True):
     """A worker, of any role, that holds more of a prompt than the one that it was placed on."""
 
     incarnation: Incarnation
     tokens: int  # of the prompt's prefix: whole blocks of the holder's, on its device or in a tier
+    leaving: bool = False  # it has generated the sequence until now, and waits for its KV to be taken
+
+
+class Resumed(msgspec.Struct, frozen=True):
+    """A sequence that another worker has begun: the client has these tokens of it, and waits for the next."""
+
+    index: int
+    token_ids: list[int]  # after the prompt; possibly none
 
 
 class GenerateRequest(msgspec.Struct, frozen=True):
@@ -114,6 +129,7 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     token_ids: list[int]
     sampling: Sampling
     n: int = 1  # sequences; sequence i uses seed + i
+    resumed: tuple[Resumed, ...] = ()  # those of the n that go on; empty: all of them, from the start
     prefill: tuple[Incarnation, ...] = ()  # candidates, best first; empty: compute here
     cache_salt: str | None = None
     timeout_ms: int = 600_000  # of the whole request
@@ -121,6 +137,13 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     route_reason: str = ""
     holder: Holder | None = None  # of whom the prefix may be pulled
     held_tokens: int = 0  # of the prompt, on this worker, as the router believes
+
+    @property
+    def histories(self) -> dict[int, list[int]]:
+        """What the client has of each sequence to generate, by index."""
+        if not self.resumed:
+            return {index: [] for index in range(self.n)}
+        return {one.index: one.token_ids for one in self.resumed}
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -167,7 +190,7 @@ class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: list[TokenLogprob] | None = None  # one per token, when asked for
     finish: str | None = None  # "stop" | "length" | "abort"
     stop_token: int | None = None  # the id in Sampling.stop_token_ids that ended it; it is the last of token_ids
-    cached_tokens: int | None = None  # on the first delta of index 0: prompt tokens found in this worker's KV
+    cached_tokens: int | None = None  # on the first delta of the first sequence: prompt tokens in this worker's KV
     error: WireError | None = None
 
 
@@ -184,6 +207,7 @@ class Cancel(msgspec.Struct, frozen=True):
 
     request_id: RequestId
     index: int | None = None
+    moved: bool = False  # it goes on elsewhere, with the KV from here: stay until another Cancel says that it is there
 
 
 class RankTarget(msgspec.Struct, frozen=True):
@@ -230,6 +254,7 @@ class PrefillRequest(msgspec.Struct, frozen=True):
     traceparent: str = ""
     sampling: Sampling | None = None  # how to choose the first token, if the decode worker wants it
     only_held: bool = False  # a pull: of use only if the worker has all blocks of it, and need compute but the rest
+    leaving: bool = False  # a pull of a sequence that the worker has generated until now, and waits to be rid of
 
 
 class FirstToken(msgspec.Struct, frozen=True):
@@ -283,6 +308,7 @@ class Pong(msgspec.Struct, frozen=True):
     """Answer to a ping: the worker's event loop runs."""
 
     worker: Incarnation
+    engine_silent_s: float = 0.0  # since its engine's processes last showed that they run
 
 
 class Empty(msgspec.Struct, frozen=True):
@@ -350,6 +376,10 @@ class Subjects:
     def kv_admin(self, worker: Incarnation) -> str:
         """`kv_wire.KvRequest` → KvAnswer."""
         return f"{self.root}.w.{worker}.kv"
+
+    def drain(self, worker: Incarnation) -> str:
+        """`drain_wire.Drain` → Draining."""
+        return f"{self.root}.w.{worker}.drain"
 
     def kv_events(self, worker: str = "*") -> str:
         """KvEventBatch, published by workers."""

@@ -167,3 +167,13 @@ async def test_a_closed_status_pipe_does_not_end_a_part(tmp_path: Path) -> None:
     part = keeper(tmp_path, told, "status.phase('ready')\nos.close(status._fd)\nsignal.pause()\n", silence_s=0.5)
     async with kept(part):
         assert "no sign of life" in await told.until("failed")
+
+
+async def test_a_part_that_says_it_is_drained_is_not_started_again(tmp_path: Path) -> None:
+    told = Told()
+    part = keeper(tmp_path, told, "status.phase('ready')\nstatus.phase('draining')\nstatus.phase('drained')\n")
+    async with kept(part):
+        await told.until("drained")
+        assert part.starts == 1
+        assert part.child is None
+        assert not part.ready.is_set()

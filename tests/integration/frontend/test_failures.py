@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -58,42 +57,6 @@ def http(pair: Deployment) -> Iterator[httpx.Client]:
         yield connected
 
 
-def worker_of(pair: Deployment, answer: httpx.Response) -> str:
-    """Which worker a streaming request was sent to."""
-    trace_id = answer.headers["traceparent"].split("-")[1]
-
-    def routes() -> list[dict[str, Any]]:
-        return [span for span in pair.spans() if span["trace_id"] == trace_id and span["name"] == "route"]
-
-    until(lambda: bool(routes()), "the route span")
-    return str(routes()[0]["attributes"]["dynamo.route.worker"])
-
-
-def test_a_worker_that_dies_ends_its_streams_with_an_error_event(pair: Deployment, http: httpx.Client) -> None:
-    with http.stream("POST", "/v1/completions", json=BODY) as answer:
-        lines = answer.iter_lines()
-        next(lines)
-        pair.kill(worker_of(pair, answer))
-        died_at = time.monotonic()
-        events = [json.loads(line.removeprefix("data: ")) for line in lines if line]  # a [DONE] would be no JSON
-        assert time.monotonic() - died_at < 3
-    error = events[-1]["error"]
-    assert error["code"] == "worker_lost"
-    assert not any(choice["finish_reason"] for event in events[:-1] for choice in event["choices"])
-    next_one = http.post("/v1/completions", json=BODY | {"max_tokens": 2, "stream": False})
-    assert next_one.status_code == 200
-
-
-def test_openais_client_sees_the_error_of_a_broken_stream(pair: Deployment) -> None:
-    client = openai.OpenAI(base_url=f"{pair.url}/v1", api_key="none", max_retries=0, timeout=60)
-    stream = client.completions.create(model=MODEL, prompt="hi", max_tokens=1000, stream=True)
-    next(stream)
-    for name in ("decode-0", "decode-1"):
-        pair.kill(name)
-    with pytest.raises(openai.APIError, match="was lost"):
-        list(stream)
-
-
 @contextmanager
 def frozen(pair: Deployment, name: str) -> Iterator[None]:
     pid = pair.pid(name)
@@ -111,15 +74,6 @@ def test_a_request_to_a_frozen_worker_is_answered_by_another(pair: Deployment, h
             started = time.monotonic()
             assert http.post("/v1/completions", json=whole).status_code == 200
             assert time.monotonic() - started < 5
-
-
-def test_a_stream_of_a_worker_that_freezes_ends_with_an_error_event(pair: Deployment, http: httpx.Client) -> None:
-    with http.stream("POST", "/v1/completions", json=BODY) as answer:
-        lines = answer.iter_lines()
-        next(lines)
-        with frozen(pair, worker_of(pair, answer)):
-            events = [line for line in lines if line]
-    assert "worker_lost" in events[-1]
 
 
 def test_a_request_that_takes_too_long_ends(solo: Deployment) -> None:

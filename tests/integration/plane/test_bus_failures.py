@@ -99,8 +99,11 @@ async def test_a_watch_ends_only_with_the_peer(nats: NatsAddress) -> None:
     peer = Peer()
     async with Bus.connect(nats, "caller") as bus, asyncio.TaskGroup() as group:
         async with peer.serving(nats):
-            watch = group.create_task(failure(bus.watch_alive("ping", silence_s=DEADLINE_S, interval_s=0.02)))
-            assert await bus.request("ping", b"", DEADLINE_S) == PONG
+            heard = asyncio.Event()
+            alive = bus.watch_alive("ping", pong=lambda _: heard.set(), check=lambda _: None, interval_s=0.02)
+            watch = group.create_task(failure(alive))
+            async with asyncio.timeout(DEADLINE_S):
+                await heard.wait()
             assert not watch.done()
         assert isinstance(await watch, NoResponders)
 

@@ -179,6 +179,11 @@ class Fleet:
         cancel = encode(Cancel(stream.request_id, index))
         await self.bus.publish(self.subjects.cancel(stream.record.incarnation), cancel)
 
+    async def leave(self, stream: Stream) -> None:
+        """It goes on elsewhere."""
+        cancel = encode(Cancel(stream.request_id, moved=True))
+        await self.bus.publish(self.subjects.cancel(stream.record.incarnation), cancel)
+
     async def snapshot(self, record: InstanceRecord) -> KvSnapshot:
         data = await self.bus.request(self.subjects.snapshot(record.incarnation), encode(Empty()), 5.0)
         return decode(data, KvSnapshot)

@@ -63,3 +63,13 @@ def test_a_pull_that_is_predicted_to_be_slower_is_made_only_where_it_always_is()
         assert pull is not None
         chosen[mode] = pull.chosen
     assert chosen == {"auto": False, "always": True}
+
+
+def test_what_a_leaving_worker_has_generated_is_pulled_even_if_computing_it_would_be_faster() -> None:
+    cost = PullCost()
+    cost.pulled(20_000, 0, 5.0, 1.0)
+    cost.computed(1000, 1.0)
+    pull = pulls("auto", cost).weigh(640, 700, 0, remote=False, leaving=True)
+    assert pull is not None
+    assert (pull.tokens, pull.chosen, pull.patience_s) == (640, True, None)
+    assert pulls("never", cost).weigh(640, 700, 0, remote=False, leaving=True) is None
