@@ -187,9 +187,7 @@ class PrefixIndex:
         known = sum(live.values()) | self._blocks.retired
         assert not any(lanes & ~known for lanes in self._blocks.lanes())
 
-    def _match_tiers(
-        self, stretches: list[tuple[int, int]], members: int, count: int, seen: int
-    ) -> dict[str, Depths]:
+    def _match_tiers(self, stretches: list[tuple[int, int]], members: int, count: int, seen: int) -> dict[str, Depths]:
         down_to: list[dict[str, Depths]] = []
         for place in range(len(TIERS)):
             if not place or seen & members << place:

@@ -1,12 +1,12 @@
 """Which blocks there are and who has them: block hash → lanes, kept in runs. The lower half of `kvbm.index`.
 
 A *lane* is one bit of an integer, and stands for one worker's one tier. A *run* is up to `RUN` blocks that were stored
-one after the other, as a tuple; a dict names every block's run. A hash is one of a block and of all before it. So where
-a run is known to follow one chain, and a prompt has the same block as the run in two places as far apart, it has all
-between them: a prompt's place in a run is searched for, not walked, and costs one look into the dict a run, not a block.
-Which lanes have them is kept by block, and is exact however many are gone from the middle. Blocks that are
-scattered over runs, as they were stored one by one or in no order, cost a look each; a prompt that met many such puts
-them side by side.
+one after the other, as a tuple; a dict names every block's run. A hash is that of a block and all before it. So where a
+run is known to follow one chain, and it and a prompt have two blocks in common that are equally far apart in both, all
+between them are the same: how far they go together is searched for, not walked, and the dict is looked into once a
+run, not once a block. Who has a block is kept block by block, so answers are exact whatever is gone from the middle.
+Blocks that are scattered over runs, as they were stored one by one or in no order, cost a look each; a prompt that met
+many such puts them side by side.
 
 The limit is in bytes, estimated from above. Above it runs go, the oldest first, but for those that a prompt has
 met since they were last looked at: what many prompts begin with is met most, so a prefix's end goes before its start.

@@ -45,6 +45,11 @@ def store(workers: Roster, worker: InstanceRecord, hashes: list[int], tier: Tier
     workers.take_batch(KvEventBatch(worker.incarnation, seq, (BlocksStored(tuple(hashes), tier=tier),)))
 
 
+def matched(workers: Roster, hashes: list[int]) -> dict[str, int]:
+    """Leading blocks, in whatever tier, by worker of the model that `record` is of."""
+    return {worker: depths[-1] for worker, depths in workers.index.match(hashes, namespace(FINGERPRINT)).items()}
+
+
 def report(worker: InstanceRecord, seq: int = 1, *, used: int = 0, running: int = 0, **more: object) -> LoadReport:
     return LoadReport(worker.incarnation, seq, running, more.pop("waiting", 0), used, 1000, **more)  # type: ignore[arg-type]
 

@@ -18,7 +18,7 @@ from dynamo_lite.router.load import WorkerLoad
 from dynamo_lite.router.paces import pace
 from dynamo_lite.router.recent import Recent
 from kvbm.events import BlocksStored, KvEventBatch, KvSnapshot, Tier
-from kvbm.index import PrefixIndex
+from kvbm.index import LIMIT, PrefixIndex
 
 REVIVE_AFTER_S = 0.5  # a report this long after a worker was called lost was not under way at that time
 PACES_S = 1.0  # how often what is believed of the workers' speeds follows what they report
@@ -46,16 +46,30 @@ class Instance:
     buffer: deque[KvEventBatch] = field(default_factory=lambda: deque(maxlen=BUFFERED_BATCHES))
 
     @property
+    def namespace(self) -> str:
+        """In which a block hash says what the KV is: that of one model, whose weights are the same."""
+        fingerprint = self.record.fingerprint
+        return f"{fingerprint.engine}:{fingerprint.model}@{fingerprint.revision}"
+
+    @property
     def usable(self) -> bool:
         return self.lost_at is None and not self.load.draining
 
 
 class Roster:
-    """The workers. `ask_snapshot` is called when one of them must tell all of its blocks."""
+    """The workers. `ask_snapshot` is called when one of them must tell all of its blocks.
 
-    def __init__(self, ask_snapshot: Callable[[Instance], None], clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock`: seconds, from whenever on."""
-        self.index = PrefixIndex()
+    """
+
+    def __init__(
+        self,
+        ask_snapshot: Callable[[Instance], None],
+        index_memory: int = LIMIT,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`index_memory`: what the index may take, in bytes. `clock`: seconds, from whenever on."""
+        self.index = PrefixIndex(index_memory)
+        self._evicted = 0  # blocks of the index that the counter has
         self.clock = clock
         self._instances: dict[Incarnation, Instance] = {}
         self._ask_snapshot = ask_snapshot
@@ -136,6 +150,7 @@ class Roster:
         )
         self._paces_at = None
         log.info("%s joined (%s)", record.name, record.incarnation)
+        self.index.join(record.incarnation, instance.namespace)
         self._count_workers()
         self._ask_snapshot(instance)
         self.tell()
@@ -174,7 +189,7 @@ class Roster:
         # Batches may be on their way still, but not those that the report before this one spoke of.
         if before is not None and before.kv_seq > self.index.seq(report.worker) and not instance.waiting:
             self._gap(instance)
-        metrics.INDEX_BLOCKS.set(self.index.blocks)
+        self._show_index()
         self.tell()
 
     def take_batch(self, batch: KvEventBatch) -> None:
@@ -223,6 +238,12 @@ class Roster:
         metrics.GAPS.inc()
         instance.waiting = True
         self._ask_snapshot(instance)
+
+    def _show_index(self) -> None:
+        metrics.INDEX_BLOCKS.set(self.index.blocks)
+        metrics.INDEX_BYTES.set(self.index.bytes)
+        metrics.INDEX_EVICTED.inc(self.index.evicted - self._evicted)
+        self._evicted = self.index.evicted
 
     def _count_workers(self) -> None:
         roles: Iterable[Role] = [each.record.role for each in self._instances.values()]

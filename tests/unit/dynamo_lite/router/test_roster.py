@@ -10,7 +10,7 @@ from dynamo_lite.plane.wire import Rates, Role
 from dynamo_lite.router import roster as roster_module
 from dynamo_lite.router.roster import PACES_S, Instance, Roster
 from kvbm.events import BlocksStored, KvEventBatch, KvSnapshot, Tier
-from tests.instances import instance, record, report, roster, store
+from tests.instances import instance, matched, record, report, roster, store
 
 
 def batch(worker: str, seq: int, *hashes: int) -> KvEventBatch:
@@ -34,10 +34,10 @@ def test_batches_that_come_before_the_snapshot_are_applied_after_it() -> None:
     assert asked == ["decode-0"]
     for seq in (4, 5, 6):
         workers.take_batch(batch(D0.incarnation, seq, seq))
-    assert workers.index.match([4]) == {}
+    assert matched(workers, [4]) == {}
     assert workers.take_snapshot(KvSnapshot(D0.incarnation, 5, {Tier.DEVICE: (1, 4)}))
-    assert workers.index.match([1, 4, 6]) == {D0.incarnation: 3}
-    assert workers.index.match([5]) == {}, "batch 5 is older than the snapshot, which lacks its block"
+    assert matched(workers, [1, 4, 6]) == {D0.incarnation: 3}
+    assert matched(workers, [5]) == {}, "batch 5 is older than the snapshot, which lacks its block"
     workers.take_batch(batch(D0.incarnation, 7, 7))
     assert workers.index.seq(D0.incarnation) == 7
     assert asked == ["decode-0"]
@@ -52,7 +52,7 @@ def test_a_gap_asks_for_one_snapshot_only() -> None:
         workers.take_batch(batch(D0.incarnation, seq, seq))
     assert asked == ["decode-0", "decode-0"]
     assert workers.take_snapshot(KvSnapshot(D0.incarnation, 3, {Tier.DEVICE: (1, 2, 3)}))
-    assert workers.index.match([1, 2, 3, 4]) == {D0.incarnation: 4}
+    assert matched(workers, [1, 2, 3, 4]) == {D0.incarnation: 4}
 
 
 def test_a_snapshot_older_than_the_gap_is_not_enough() -> None:
@@ -61,7 +61,7 @@ def test_a_snapshot_older_than_the_gap_is_not_enough() -> None:
         workers.take_batch(batch(D0.incarnation, seq, seq))
     assert not workers.take_snapshot(KvSnapshot(D0.incarnation, 3, {Tier.DEVICE: (1,)}))
     assert workers.take_snapshot(KvSnapshot(D0.incarnation, 4, {Tier.DEVICE: (1, 4)}))
-    assert workers.index.match([1, 4, 5]) == {D0.incarnation: 3}
+    assert matched(workers, [1, 4, 5]) == {D0.incarnation: 3}
 
 
 def test_a_report_reveals_that_the_last_batch_was_lost() -> None:
@@ -84,7 +84,7 @@ def test_a_worker_that_left_is_forgotten_with_its_blocks_and_bookings() -> None:
     with instance(workers, D0).load.booked(160, 10, 0.1):
         workers.leave(D0.incarnation)
         assert D0.incarnation not in workers
-        assert workers.index.match([1]) == {}
+        assert matched(workers, [1]) == {}
         workers.join(D0)
         assert instance(workers, D0).load.used_blocks == 0
     assert instance(workers, D0).load.used_blocks == 0
@@ -93,7 +93,7 @@ def test_a_worker_that_left_is_forgotten_with_its_blocks_and_bookings() -> None:
     workers.take_batch(batch(D0.incarnation, 1, 1))
     workers.take_report(report(D0))
     assert workers.take_snapshot(KvSnapshot(D0.incarnation, 1, {Tier.DEVICE: (1,)}))
-    assert workers.index.match([1]) == {}, "late messages of a worker that left change nothing"
+    assert matched(workers, [1]) == {}, "late messages of a worker that left change nothing"
 
 
 def test_a_lost_worker_gets_nothing_until_it_reports_again(monkeypatch: pytest.MonkeyPatch) -> None:
