@@ -24,7 +24,7 @@ Depths = tuple[int, int, int, int]  # leading blocks held on the device, there o
 
 _NONE: Depths = (0, 0, 0, 0)
 _PLACE = {tier: place for place, tier in enumerate(TIERS)}
-_REMEMBERED = 65_536  # names in remembered answers: only a shortcut, so a bound can be small
+_REMEMBERED = 65_536  # names in remembered parts of answers: only a shortcut, so a bound can be small
 _SWEEP = 32  # runs looked at with each batch for lanes of workers that are gone
 _LOAD = 4096  # blocks of a snapshot stored at a time, between which the limit is looked at
 
@@ -49,22 +49,35 @@ class _Worker:
 
 @dataclass(slots=True)
 class _Names:
-    """Names of the workers of some device lanes."""
+    """Workers by device lane, and the parts of answers that were given before."""
 
     by_lane: dict[int, str] = field(default_factory=dict)
-    remembered: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    _remembered: dict[tuple[int, int], dict[str, Depths]] = field(default_factory=dict)
     _count: int = 0
 
-    def of(self, lanes: int) -> tuple[str, ...]:
-        """Look into `remembered` first."""
-        if self._count > _REMEMBERED:
-            self.forget()
-        names = self.remembered[lanes] = tuple(self.by_lane[lane] for lane in _bits(lanes))
-        self._count += len(names)
-        return names
+    def with_depth(self, found: dict[str, Depths], lanes: int, depth: int) -> dict[str, Depths]:
+        """`found`, and the workers of these lanes with that depth in every tier. It may be changed."""
+        name = self.by_lane.get(lanes)
+        if name is not None:
+            found[name] = (depth, depth, depth, depth)
+            return found
+        part = self._remembered.get((lanes, depth))
+        if part is None:
+            if self._count > _REMEMBERED:
+                self.forget()
+            part = dict.fromkeys(self.of(lanes), (depth, depth, depth, depth))
+            self._remembered[lanes, depth] = part
+            self._count += len(part)
+        if not found:
+            return part.copy()  # ten times as fast as making it
+        found.update(part)
+        return found
+
+    def of(self, lanes: int) -> list[str]:
+        return [self.by_lane[lane] for lane in _bits(lanes)]
 
     def forget(self) -> None:
-        self.remembered.clear()
+        self._remembered.clear()
         self._count = 0
 
 
@@ -188,41 +201,39 @@ class PrefixIndex:
         assert not any(lanes & ~known for lanes in self._blocks.lanes())
 
     def _match_tiers(self, stretches: list[tuple[int, int]], members: int, count: int, seen: int) -> dict[str, Depths]:
-        down_to: list[dict[str, Depths]] = []
-        for place in range(len(TIERS)):
-            if not place or seen & members << place:
-                found = self._depths(stretches, members, count, place)
-            down_to.append(found)
-        device, host, disk, anywhere = down_to
-        return {
-            name: (device.get(name, _NONE)[0], host.get(name, _NONE)[0], disk.get(name, _NONE)[0], depths[0])
-            for name, depths in anywhere.items()
-        }
+        found = self._depths(stretches, members, count, len(TIERS) - 1)
+        tiered = members & reduce(or_, [seen >> place for place in range(1, len(TIERS))])
+        nearer: list[dict[str, Depths]] = []
+        for place in range(len(TIERS) - 1):
+            if not place or seen & tiered << place:
+                depths = self._depths(stretches, tiered, count, place)
+            nearer.append(depths)
+        device, host, disk = nearer
+        for name in self._names.of(tiered):
+            if name in found:
+                parts = device.get(name, _NONE)[0], host.get(name, _NONE)[0], disk.get(name, _NONE)[0]
+                found[name] = (*parts, found[name][0])
+        return found
 
     def _depths(self, stretches: list[tuple[int, int]], members: int, count: int, place: int) -> dict[str, Depths]:
         """How many leading blocks each worker holds on its device or in `place` tiers beneath it, four times."""
         found: dict[str, Depths] = {}
-        remembered, alive = self._names.remembered, members
+        alive = members
         for at, lanes in stretches:
             here = lanes
             if place:
                 here = reduce(or_, [lanes >> tier for tier in range(place + 1)])
             if ended := alive & ~here:
+                left = alive ^ ended
                 if at:
-                    names = remembered.get(ended) or self._names.of(ended)
-                    ending = dict.fromkeys(names, (at, at, at, at))
-                    if found:
-                        found.update(ending)
-                    else:
-                        found = ending
-                alive ^= ended
-                if not alive:
+                    # Those whose prefix ends deeper are written over. Where few are, all of them are more often the
+                    # same than all but these, so that part of the answer is remembered.
+                    few = 2 * left.bit_count() < alive.bit_count()
+                    found = self._names.with_depth(found, alive if few else ended, at)
+                if not left:
                     return found
-        names = remembered.get(alive) or self._names.of(alive)
-        whole = (count, count, count, count)
-        for name in names:  # mostly one
-            found[name] = whole
-        return found
+                alive = left
+        return self._names.with_depth(found, alive, count)
 
     def _worker(self, name: str) -> _Worker:
         worker = self._workers.get(name)

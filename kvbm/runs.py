@@ -15,12 +15,12 @@ met since they were last looked at: what many prompts begin with is met most, so
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import compress
+from itertools import compress, groupby
 
 RUN = 128  # most blocks of a run: changing one of them copies the run
 FEW = 16  # so many, or more, are stored as a run of their own
 SCATTERED = 4  # runs that a prompt may meet beside one for every FEW blocks before they are gathered
-BLOCK_BYTES, RUN_BYTES = 128, 384  # a block's hash, dict entry and places in tuples; a run's objects and entry
+BLOCK_BYTES, RUN_BYTES = 176, 384  # at the worst; a block mostly takes about 100, its hash and dict entry
 
 
 class Lane:
@@ -125,11 +125,10 @@ class Runs:
             if run.same:
                 stretches.append((at, run.same))
             else:
-                before = 0
-                for i, lanes in enumerate(run.lanes[start : start + length], at):
-                    if lanes != before:
-                        stretches.append((i, lanes))
-                        before = lanes
+                place = at
+                for lanes, equal in groupby(run.lanes[start : start + length]):
+                    stretches.append((place, lanes))
+                    place += len(list(equal))
             at += length
             looks += 1
         if looks > SCATTERED + at // FEW and not self._sweeping:  # a sweep must meet every run
@@ -153,9 +152,22 @@ class Runs:
 
     def drop(self, hashes: tuple[int, ...], lanes: int) -> None:
         """These lanes have these blocks no more."""
-        for at, end, run, start in self._pieces(hashes):
-            if run is not None:
-                self._take(run, start, start + end - at, lanes)
+        by_run: dict[int, list[int]] = {}
+        for block in hashes:
+            key = self._run_of.get(block)
+            if key is not None:
+                by_run.setdefault(key, []).append(block)
+        for key, blocks in by_run.items():
+            run = self._runs[key]
+            blocks.reverse()  # the last block of a prompt is mostly the first to go
+            start = run.hashes.index(blocks[0])
+            if run.hashes[start : start + len(blocks)] == tuple(blocks):
+                self._take(run, start, start + len(blocks), lanes)
+                continue
+            for block in blocks:
+                if block in self._run_of:  # it may be named twice
+                    start = run.hashes.index(block)
+                    self._take(run, start, start + 1, lanes)
 
     def retire(self, lanes: int) -> None:
         """These lanes have nothing more. `sweep` takes them out; until then nobody else may use them."""

@@ -9,7 +9,7 @@ import msgspec
 
 from dynamo_lite.plane.layout import KvLayout
 from dynamo_lite.plane.wire import Fingerprint, Incarnation, InstanceRecord, LoadReport, Role
-from dynamo_lite.router.roster import Instance, Roster
+from dynamo_lite.router.roster import Instance, Roster, namespace
 from kvbm.events import BlocksStored, KvEventBatch, KvSnapshot, Tier
 
 LAYOUT = KvLayout(2, 16, 2, 1, 4, 4, "float32", "NHKD", "NHKD")

@@ -31,7 +31,7 @@ class Fleet(Roster):
     """All live workers of a deployment. Open it with `Fleet.open`."""
 
     def __init__(self, bus: Bus, subjects: Subjects, index_memory: int) -> None:
-        super().__init__(self._refresh_soon, index_memory)
+        super().__init__(self._refresh_soon, index_memory=index_memory)
         self._bus, self._subjects = bus, subjects
         self._group: asyncio.TaskGroup  # of the tasks that end with the fleet
         self._refreshing: set[asyncio.Task[None]] = set()

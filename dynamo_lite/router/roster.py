@@ -39,6 +39,7 @@ class Instance:
     number: int  # of its own
     kind: int  # equal for workers of one fingerprint
     block_size: int  # tokens
+    namespace: str  # of the index: workers whose block hashes name the same KV
     pace: Pace
     recent: Recent = field(default_factory=Recent)  # placed there while it is `waiting`
     lost_at: float | None = None  # by the roster's clock
@@ -46,28 +47,25 @@ class Instance:
     buffer: deque[KvEventBatch] = field(default_factory=lambda: deque(maxlen=BUFFERED_BATCHES))
 
     @property
-    def namespace(self) -> str:
-        """In which a block hash says what the KV is: that of one model, whose weights are the same."""
-        fingerprint = self.record.fingerprint
-        return f"{fingerprint.engine}:{fingerprint.model}@{fingerprint.revision}"
-
-    @property
     def usable(self) -> bool:
         return self.lost_at is None and not self.load.draining
 
 
-class Roster:
-    """The workers. `ask_snapshot` is called when one of them must tell all of its blocks.
+def namespace(fingerprint: Fingerprint) -> str:
+    """A block hash names tokens, and so, in one of these, their KV."""
+    return f"{fingerprint.engine}:{fingerprint.model}@{fingerprint.revision}"
 
-    """
+
+class Roster:
+    """The workers. `ask_snapshot` is called when one of them must tell all of its blocks."""
 
     def __init__(
         self,
         ask_snapshot: Callable[[Instance], None],
-        index_memory: int = LIMIT,
         clock: Callable[[], float] = time.monotonic,
+        index_memory: int = LIMIT,
     ) -> None:
-        """`index_memory`: what the index may take, in bytes. `clock`: seconds, from whenever on."""
+        """`clock`: seconds, from whenever on. `index_memory`: what the index may take, in bytes."""
         self.index = PrefixIndex(index_memory)
         self._evicted = 0  # blocks of the index that the counter has
         self.clock = clock
@@ -146,6 +144,7 @@ class Roster:
             self._joined,
             kind,
             record.fingerprint.block_size,
+            namespace(record.fingerprint),
             pace(NOTHING, ()),
         )
         self._paces_at = None

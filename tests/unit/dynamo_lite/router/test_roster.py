@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 
+import msgspec
 import pytest
+from prometheus_client import REGISTRY
 
 from dynamo_lite.plane.wire import Rates, Role
 from dynamo_lite.router import roster as roster_module
@@ -149,3 +151,31 @@ def test_paces_follow_reports_and_not_more_often_than_once_a_second() -> None:
     now += PACES_S
     workers.settle_paces()
     assert instance(workers, D0).pace.prefill == (1.0, 0.9)
+
+
+def test_workers_of_another_model_or_revision_do_not_answer_for_this_one() -> None:
+    other = msgspec.structs.replace(D1, fingerprint=msgspec.structs.replace(D1.fingerprint, revision="r2"))
+    workers = roster(D0, other)
+    store(workers, D0, [1, 2])
+    store(workers, other, [1, 2, 3])
+    for each, depth in ((D0, 2), (other, 3)):
+        found = workers.index.match([1, 2, 3], instance(workers, each).namespace)
+        assert found == {each.incarnation: (depth,) * 4}
+
+
+def test_the_size_of_the_index_and_what_it_forgot_are_told_with_each_report() -> None:
+    def told(name: str) -> float:
+        return REGISTRY.get_sample_value(f"dynamo_lite_router_index_{name}") or 0.0
+
+    workers = Roster(lambda instance: None, index_memory=2**20)
+    workers.join(D0)
+    workers.take_snapshot(KvSnapshot(D0.incarnation, 0, {}))
+    before = told("evicted_blocks_total")
+    store(workers, D0, list(range(5000)))
+    store(workers, D0, list(range(5000, 8000)))
+    workers.take_report(report(D0))
+    assert 0 < told("blocks") == workers.index.blocks < 8000
+    assert 0 < told("bytes") == workers.index.bytes <= 2**20
+    assert told("evicted_blocks_total") - before == 8000 - workers.index.blocks
+    workers.take_report(report(D0, 2))
+    assert told("evicted_blocks_total") - before == 8000 - workers.index.blocks
