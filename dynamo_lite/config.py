@@ -196,6 +196,7 @@ class Router(Model):
     patience_ms: Annotated[float, Field(ge=0)] = 3000.0
     remote_prefill: Literal["auto", "always"] = "auto"
     prefill_candidates: Annotated[int, Field(ge=1, le=16)] = 3
+    index_memory: Annotated[Bytes, Field(ge=2**20)] = 2 * 2**30  # a router's index takes no more
     self_test: bool = True
 
     @model_validator(mode="before")

@@ -1,58 +1,115 @@
 """The prefix index: which worker holds which block, in which tier, for longest-prefix questions.
 
-One dict maps a block hash to an integer whose set bits are *lanes*, a lane being one worker's one tier. That
-costs about 110 bytes a block, however many workers share it. Answers are exact: a hole in the middle of a
-prefix, left by an evicted block, ends the match there.
+`kvbm.runs` keeps the blocks; here is who the workers are and what their events mean. Answers are exact: a hole in
+the middle of a prefix, left by an evicted block, ends the match there.
 
 Owners are the truth. Batches carry sequence numbers; after a gap a worker's entries are stale (still matched,
-since the worker checks every match again) until a snapshot replaces them.
+since the worker checks every match again) until a snapshot replaces them. What the index's own limit made it forget
+is not found any more until the owner stores it anew, or sends a snapshot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
+from functools import reduce
+from operator import or_
 
 from kvbm.events import BlocksCleared, BlocksRemoved, BlocksStored, KvEventBatch, KvSnapshot, Tier
+from kvbm.runs import Lane, Runs
 
 TIERS = (Tier.DEVICE, Tier.HOST, Tier.DISK, Tier.OBJECT)  # the nearest first
-REMEMBERED = 4096  # sets of lanes and their names: only a shortcut, so a bound can be small
-SWEEP = 2048  # entries of gone lanes looked at with each batch
+LIMIT = 2 * 2**30  # bytes
+Depths = tuple[int, int, int, int]  # leading blocks held on the device, there or in host memory, … : down to each tier
+
+_NONE: Depths = (0, 0, 0, 0)
+_PLACE = {tier: place for place, tier in enumerate(TIERS)}
+_REMEMBERED = 65_536  # names in remembered parts of answers: only a shortcut, so a bound can be small
+_SWEEP = 32  # runs looked at with each batch for lanes of workers that are gone
+_LOAD = 4096  # blocks of a snapshot stored at a time, between which the limit is looked at
 
 
 @dataclass(slots=True)
 class _Worker:
-    lanes: dict[Tier, int] = field(default_factory=dict)  # one bit a tier; the device's always exists
+    """Its lanes are four neighbouring bits, one a tier, the device's the lowest."""
+
+    namespace: str
+    lanes: tuple[Lane, ...] = ()
     seq: int = 0
     stale: bool = False
 
     @property
+    def device(self) -> int:
+        return self.lanes[0].bit
+
+    @property
     def mask(self) -> int:
-        return sum(self.lanes.values())
+        return self.device * 0b1111
+
+
+@dataclass(slots=True)
+class _Names:
+    """Workers by device lane, and the parts of answers that were given before."""
+
+    by_lane: dict[int, str] = field(default_factory=dict)
+    _remembered: dict[tuple[int, int], dict[str, Depths]] = field(default_factory=dict)
+    _count: int = 0
+
+    def with_depth(self, found: dict[str, Depths], lanes: int, depth: int) -> dict[str, Depths]:
+        """`found`, and the workers of these lanes with that depth in every tier. It may be changed."""
+        name = self.by_lane.get(lanes)
+        if name is not None:
+            found[name] = (depth, depth, depth, depth)
+            return found
+        part = self._remembered.get((lanes, depth))
+        if part is None:
+            if self._count > _REMEMBERED:
+                self.forget()
+            part = dict.fromkeys(self.of(lanes), (depth, depth, depth, depth))
+            self._remembered[lanes, depth] = part
+            self._count += len(part)
+        if not found:
+            return part.copy()  # ten times as fast as making it
+        found.update(part)
+        return found
+
+    def of(self, lanes: int) -> list[str]:
+        return [self.by_lane[lane] for lane in _bits(lanes)]
+
+    def forget(self) -> None:
+        self._remembered.clear()
+        self._count = 0
 
 
 class PrefixIndex:
-    """Exact block hash → workers and tiers. Not thread-safe; nothing here waits."""
+    """Exact block hash → workers and tiers. Not thread-safe; nothing here waits.
 
-    def __init__(self) -> None:
-        self._lanes_of: dict[int, int] = {}
+    `limit` bounds its memory, in bytes. Workers of different namespaces (models, say) never answer one question.
+    """
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        self._blocks = Runs(limit)
         self._workers: dict[str, _Worker] = {}
-        self._name: dict[int, str] = {}  # lane → worker
-        self._names_of: dict[int, tuple[str, ...]] = {}  # remembered answers of `_names`
-        self._sets: dict[int, int] = {}  # sets of several lanes, so that equal ones are one object
-        self._device = 0  # device lanes of all workers
-        self._other: dict[Tier, dict[int, int]] = {}  # of each other tier, lane → the same worker's device lane
-        self._free: list[int] = []  # lanes that no entry mentions
-        self._used = 0  # lanes ever handed out
-        self._gone = 0  # lanes of removed workers: entries still mention them
-        self._sweeping = 0  # of those, the ones the running sweep takes out
-        self._unswept: list[int] = []
+        self._names = _Names()
+        self._members: dict[str, int] = {}  # namespace → its workers' device lanes
+        self._tiered = False  # whether anything was ever stored beneath a device
+        self._free: list[int] = []  # device lanes of workers that no block mentions
+        self._used = 0  # workers' places ever handed out
 
     @property
     def blocks(self) -> int:
-        """Entries, those of removed workers included until a sweep has passed."""
-        return len(self._lanes_of)
+        """Blocks, those of removed workers included until a sweep has passed."""
+        return len(self._blocks)
+
+    @property
+    def bytes(self) -> int:
+        """Memory in use, estimated from above; never more than the limit."""
+        return self._blocks.bytes
+
+    @property
+    def evicted(self) -> int:
+        """Blocks forgotten so far because of the limit."""
+        return self._blocks.evicted
 
     @property
     def workers(self) -> tuple[str, ...]:
@@ -68,6 +125,12 @@ class PrefixIndex:
         entry = self._workers.get(worker)
         return entry is not None and entry.stale
 
+    def join(self, worker: str, namespace: str) -> None:
+        """Say to which namespace a worker belongs, before anything else of it. One that never joined is in ""."""
+        if worker not in self._workers:
+            self._workers[worker] = _Worker(namespace)
+            self._open(worker, self._workers[worker])
+
     def apply(self, batch: KvEventBatch) -> bool:
         """Take one batch in. False: batches before it are missing, and a snapshot must be loaded."""
         worker = self._worker(batch.worker)
@@ -80,13 +143,15 @@ class PrefixIndex:
         for event in batch.events:
             match event:
                 case BlocksStored():
-                    self._store(event.hashes, self._lane(worker, event.tier))
+                    lane = self._lane(worker, event.tier)
+                    # Other tiers tell of what was moved there together, in no order.
+                    self._blocks.store(event.hashes, event.parent, lane, chained=event.tier is Tier.DEVICE)
                 case BlocksRemoved():
-                    self._drop(event.hashes, self._lane(worker, event.tier))
+                    self._blocks.drop(event.hashes, self._lane(worker, event.tier).bit)
                 case BlocksCleared():
                     self._renew(batch.worker, worker)
-        if self._gone:
-            self.sweep(SWEEP)
+        if self._blocks.retired:
+            self.sweep(_SWEEP)
         return True
 
     def load(self, snapshot: KvSnapshot) -> None:
@@ -96,7 +161,9 @@ class PrefixIndex:
             return
         self._renew(snapshot.worker, worker)
         for tier, hashes in snapshot.blocks.items():
-            self._store(hashes, self._lane(worker, tier))
+            lane = self._lane(worker, tier)
+            for at in range(0, len(hashes), _LOAD):
+                self._blocks.store(hashes[at : at + _LOAD], None, lane, chained=False)
         worker.seq = snapshot.seq
         worker.stale = False
 
@@ -106,152 +173,102 @@ class PrefixIndex:
         if entry is not None:
             self._retire(entry)
 
-    @property
-    def beneath(self) -> tuple[Tier, ...]:
-        """Tiers beneath the device in which some worker has, or had, blocks; the nearest first."""
-        return tuple(tier for tier in TIERS if self._other.get(tier))
-
-    def match(self, hashes: Sequence[int], down_to: Tier = TIERS[-1]) -> dict[str, int]:
-        """Leading blocks each worker holds, on its device or in a tier down to that; without who lacks the first."""
-        others = [lanes for tier in TIERS[1 : TIERS.index(down_to) + 1] for lanes in self._other.get(tier, {}).items()]
-        alive = self._device
-        depths: dict[str, int] = {}
-        found = self._lookup(hashes)
-        before = None
-        for depth, lanes in enumerate(found):
-            if lanes is before:  # equal sets are mostly one object
-                continue
-            before = lanes
-            here = lanes
-            for other, device in others:  # a block may be in any of them
-                if lanes & other:
-                    here |= device
-            if dropped := alive & ~here:
-                if depth:
-                    depths.update(dict.fromkeys(self._names(dropped), depth))
-                alive &= here
-                if not alive:
-                    return depths
-        if found:
-            depths.update(dict.fromkeys(self._names(alive), len(found)))
-        return depths
+    def match(self, hashes: Sequence[int], namespace: str = "") -> dict[str, Depths]:
+        """How many leading blocks each worker of the namespace holds, down to each tier; without who has none."""
+        members = self._members.get(namespace, 0)
+        if not members or not hashes:
+            return {}
+        stretches = self._blocks.along(hashes)
+        if self._tiered:
+            seen = reduce(or_, [lanes for _, lanes in stretches])
+            if seen & members * 0b1110:
+                return self._match_tiers(stretches, members, len(hashes), seen)
+        return self._depths(stretches, members, len(hashes), 0)
 
     def sweep(self, limit: int | None = None) -> None:
-        """Take removed workers out of up to `limit` entries, or of all."""
-        while self._gone:
-            if not self._sweeping:
-                self._sweeping, self._unswept = self._gone, list(self._lanes_of)
-            keys = self._unswept[-limit:] if limit else self._unswept[:]
-            del self._unswept[-len(keys) :]
-            self._drop(keys, self._sweeping)
-            if not self._unswept:
-                self._free += _bits(self._sweeping)
-                self._gone &= ~self._sweeping
-                self._sweeping = 0
-            if limit:
-                return
+        """Take removed workers out of up to `limit` runs of blocks, or out of all."""
+        self._free += _bits(self._blocks.sweep(limit) // 0b1111)
 
     def check(self) -> None:
         """Assert the invariants; for tests."""
-        assert set(self._name.values()) == set(self._workers)
-        live = sum(worker.mask for worker in self._workers.values())
-        assert not live & self._gone
-        assert not any(lane & (live | self._gone) for lane in self._free)
-        assert len(self._free) + (live | self._gone).bit_count() == self._used
-        for lanes in self._lanes_of.values():
-            assert lanes
-            assert not lanes & ~(live | self._gone)
+        self._blocks.check()
+        live = {name: worker.mask for name, worker in self._workers.items()}
+        assert self._names.by_lane == {worker.device: name for name, worker in self._workers.items()}
+        assert sum(self._members.values()) == sum(worker.device for worker in self._workers.values())
+        parts = [*live.values(), *(lane * 0b1111 for lane in self._free), self._blocks.retired]
+        assert sum(parts) == (1 << 4 * self._used) - 1, "every lane is a worker's, or free, or not yet swept"
+        known = sum(live.values()) | self._blocks.retired
+        assert not any(lanes & ~known for lanes in self._blocks.lanes())
+
+    def _match_tiers(self, stretches: list[tuple[int, int]], members: int, count: int, seen: int) -> dict[str, Depths]:
+        found = self._depths(stretches, members, count, len(TIERS) - 1)
+        tiered = members & reduce(or_, [seen >> place for place in range(1, len(TIERS))])
+        nearer: list[dict[str, Depths]] = []
+        for place in range(len(TIERS) - 1):
+            if not place or seen & tiered << place:
+                depths = self._depths(stretches, tiered, count, place)
+            nearer.append(depths)
+        device, host, disk = nearer
+        for name in self._names.of(tiered):
+            if name in found:
+                parts = device.get(name, _NONE)[0], host.get(name, _NONE)[0], disk.get(name, _NONE)[0]
+                found[name] = (*parts, found[name][0])
+        return found
+
+    def _depths(self, stretches: list[tuple[int, int]], members: int, count: int, place: int) -> dict[str, Depths]:
+        """How many leading blocks each worker holds on its device or in `place` tiers beneath it, four times."""
+        found: dict[str, Depths] = {}
+        alive = members
+        for at, lanes in stretches:
+            here = lanes
+            if place:
+                here = reduce(or_, [lanes >> tier for tier in range(place + 1)])
+            if ended := alive & ~here:
+                left = alive ^ ended
+                if at:
+                    # Those whose prefix ends deeper are written over. Where few are, all of them are more often the
+                    # same than all but these, so that part of the answer is remembered.
+                    few = 2 * left.bit_count() < alive.bit_count()
+                    found = self._names.with_depth(found, alive if few else ended, at)
+                if not left:
+                    return found
+                alive = left
+        return self._names.with_depth(found, alive, count)
 
     def _worker(self, name: str) -> _Worker:
         worker = self._workers.get(name)
         if worker is None:
-            worker = self._workers[name] = _Worker()
-            self._open_lanes(name, worker)
+            self.join(name, "")
+            worker = self._workers[name]
         return worker
 
-    def _open_lanes(self, name: str, worker: _Worker) -> None:
-        lane = worker.lanes[Tier.DEVICE] = self._new_lane()
-        self._name[lane] = name
-        self._device |= lane
-        self._names_of.clear()
+    def _open(self, name: str, worker: _Worker) -> None:
+        """Give the worker lanes."""
+        if self._free:
+            device = self._free.pop()
+        else:
+            device = 1 << len(TIERS) * self._used
+            self._used += 1
+        worker.lanes = tuple(Lane(device << place) for place in range(len(TIERS)))
+        self._names.by_lane[device] = name
+        self._members[worker.namespace] = self._members.get(worker.namespace, 0) | device
 
     def _renew(self, name: str, worker: _Worker) -> None:
         """Empty the worker by giving it new lanes."""
         self._retire(worker)
-        self._open_lanes(name, worker)
+        self._open(name, worker)
 
     def _retire(self, worker: _Worker) -> None:
-        device = worker.lanes[Tier.DEVICE]
-        self._device &= ~device
-        for lane in worker.lanes.values():
-            del self._name[lane]
-            for lanes_of_tier in self._other.values():
-                lanes_of_tier.pop(lane, None)
-        self._names_of.clear()
-        self._gone |= worker.mask
-        worker.lanes.clear()
+        self._members[worker.namespace] &= ~worker.device
+        if not self._members[worker.namespace]:
+            del self._members[worker.namespace]
+        del self._names.by_lane[worker.device]
+        self._names.forget()
+        self._blocks.retire(worker.mask)
 
-    def _lane(self, worker: _Worker, tier: Tier) -> int:
-        lane = worker.lanes.get(tier)
-        if lane is None:
-            lane = worker.lanes[tier] = self._new_lane()
-            device = worker.lanes[Tier.DEVICE]
-            self._other.setdefault(tier, {})[lane] = device
-            self._name[lane] = self._name[device]
-        return lane
-
-    def _new_lane(self) -> int:
-        if self._free:
-            return self._free.pop()
-        self._used += 1
-        return 1 << (self._used - 1)
-
-    def _store(self, hashes: Sequence[int], lane: int) -> None:
-        entries, sets = self._lanes_of, self._sets
-        get = entries.get
-        for block in hashes:
-            lanes = get(block)
-            if lanes is None:
-                entries[block] = lane
-            elif not lanes & lane:
-                lanes |= lane
-                entries[block] = sets.setdefault(lanes, lanes)
-        if len(sets) > REMEMBERED:
-            sets.clear()
-
-    def _drop(self, hashes: Sequence[int], lanes: int) -> None:
-        entries = self._lanes_of
-        for block in hashes:
-            mine = entries.get(block)
-            if mine is None:
-                continue
-            if left := mine & ~lanes:
-                entries[block] = left
-            else:
-                del entries[block]
-
-    def _lookup(self, hashes: Sequence[int]) -> Sequence[int]:
-        """The lanes of each block, 0 for a block nobody has."""
-        if not hashes or hashes[0] not in self._lanes_of:
-            return (0,) * bool(hashes)
-        if len(hashes) > 1 and hashes[-1] in self._lanes_of:
-            try:  # nearly always all are there, and this is twice as fast as `get`
-                found: tuple[int, ...] = itemgetter(*hashes)(self._lanes_of)
-            except KeyError:
-                pass
-            else:
-                return found
-        get = self._lanes_of.get
-        return [get(block, 0) for block in hashes]
-
-    def _names(self, lanes: int) -> tuple[str, ...]:
-        """The workers of some lanes."""
-        names = self._names_of.get(lanes)
-        if names is None:
-            if len(self._names_of) > REMEMBERED:
-                self._names_of.clear()
-            names = self._names_of[lanes] = tuple(self._name[lane] for lane in _bits(lanes))
-        return names
+    def _lane(self, worker: _Worker, tier: Tier) -> Lane:
+        self._tiered |= tier is not Tier.DEVICE
+        return worker.lanes[_PLACE[tier]]
 
 
 def _bits(mask: int) -> list[int]:

@@ -9,7 +9,7 @@ import msgspec
 
 from dynamo_lite.plane.layout import KvLayout
 from dynamo_lite.plane.wire import Fingerprint, Incarnation, InstanceRecord, LoadReport, Role
-from dynamo_lite.router.roster import Instance, Roster
+from dynamo_lite.router.roster import Instance, Roster, namespace
 from kvbm.events import BlocksStored, KvEventBatch, KvSnapshot, Tier
 
 LAYOUT = KvLayout(2, 16, 2, 1, 4, 4, "float32", "NHKD", "NHKD")
@@ -43,6 +43,11 @@ def roster(*records: InstanceRecord, clock: Callable[[], float] = time.monotonic
 def store(workers: Roster, worker: InstanceRecord, hashes: list[int], tier: Tier = Tier.DEVICE) -> None:
     seq = workers.index.seq(worker.incarnation) + 1
     workers.take_batch(KvEventBatch(worker.incarnation, seq, (BlocksStored(tuple(hashes), tier=tier),)))
+
+
+def matched(workers: Roster, hashes: list[int]) -> dict[str, int]:
+    """Leading blocks, in whatever tier, by worker of the model that `record` is of."""
+    return {worker: depths[-1] for worker, depths in workers.index.match(hashes, namespace(FINGERPRINT)).items()}
 
 
 def report(worker: InstanceRecord, seq: int = 1, *, used: int = 0, running: int = 0, **more: object) -> LoadReport:

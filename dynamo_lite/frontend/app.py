@@ -113,7 +113,7 @@ async def serving(spec: ProcessSpec) -> AsyncIterator[tuple[Application, Backend
         bus = await stack.enter_async_context(Bus.connect(spec.nats, spec.name))
         discovery = await stack.enter_async_context(discovery_set.connect(spec.etcd, config.namespace))
         group = await stack.enter_async_context(asyncio.TaskGroup())
-        fleet = await stack.enter_async_context(Fleet.open(bus, discovery, subjects, group))
+        fleet = await stack.enter_async_context(Fleet.open(bus, discovery, subjects, group, config.router.index_memory))
         router = Router(fleet, config.router)
         backend = await stack.enter_async_context(Backend.open(bus, subjects, fleet, router, spec.name))
 

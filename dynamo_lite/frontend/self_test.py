@@ -66,9 +66,14 @@ async def _twice(backend: Backend, roster: Roster) -> Outcome:
     others = {each.record.incarnation for each in roster.usable(tuple(Role)) if each.record.role.decodes} - {me}
     await _ask(backend, token_ids, salt, others)
     hashes = block_hashes(token_ids, size, salt)
+
+    def known() -> bool:
+        depths = roster.index.match(hashes, worker.namespace).get(me)
+        return depths is not None and depths[-1] == BLOCKS
+
     try:
         async with asyncio.timeout(EVENTS_S):
-            await roster.until(lambda: roster.index.match(hashes).get(me, 0) == BLOCKS)
+            await roster.until(known)
     except TimeoutError:
         return Outcome("no events", f"{worker.record.name} told of no blocks; prefixes are not seen")
     second = await _ask(backend, token_ids, salt, others)

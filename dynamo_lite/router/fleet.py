@@ -17,6 +17,7 @@ from dynamo_lite.plane.wire import Empty, InstanceRecord, LoadReport, Subjects, 
 from dynamo_lite.router import metrics
 from dynamo_lite.router.roster import Instance, Roster
 from kvbm.events import KvEventBatch, KvSnapshot
+from kvbm.index import LIMIT
 
 SNAPSHOT_DEADLINE_S = 5.0
 FIRST_SNAPSHOTS_S = 2.0  # how long `open` waits for the workers that are there; the rest comes in later
@@ -29,8 +30,8 @@ T = TypeVar("T", bound=msgspec.Struct)
 class Fleet(Roster):
     """All live workers of a deployment. Open it with `Fleet.open`."""
 
-    def __init__(self, bus: Bus, subjects: Subjects) -> None:
-        super().__init__(self._refresh_soon)
+    def __init__(self, bus: Bus, subjects: Subjects, index_memory: int) -> None:
+        super().__init__(self._refresh_soon, index_memory=index_memory)
         self._bus, self._subjects = bus, subjects
         self._group: asyncio.TaskGroup  # of the tasks that end with the fleet
         self._refreshing: set[asyncio.Task[None]] = set()
@@ -38,10 +39,15 @@ class Fleet(Roster):
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, bus: Bus, discovery: Registry, subjects: Subjects, group: asyncio.TaskGroup
+        cls,
+        bus: Bus,
+        discovery: Registry,
+        subjects: Subjects,
+        group: asyncio.TaskGroup,
+        index_memory: int = LIMIT,
     ) -> AsyncIterator[Fleet]:
         """Follows the workers while the body runs. The workers' blocks are known on entry, where they answer."""
-        fleet = cls(bus, subjects)
+        fleet = cls(bus, subjects, index_memory)
         ready = asyncio.Event()
         following = group.create_task(fleet._follow(discovery, ready))
         try:

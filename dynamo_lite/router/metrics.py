@@ -7,6 +7,10 @@ from functools import cache
 from prometheus_client import Counter, Gauge
 
 INDEX_BLOCKS = Gauge("dynamo_lite_router_index_blocks", "Entries in this router's prefix index")
+INDEX_BYTES = Gauge("dynamo_lite_router_index_bytes", "Memory of this router's prefix index, estimated from above")
+INDEX_EVICTED = Counter(
+    "dynamo_lite_router_index_evicted_blocks_total", "Blocks forgotten as the index was at router.index_memory"
+)
 WORKERS = Gauge("dynamo_lite_router_workers", "Live workers known to this router", ["role"])
 GAPS = Counter("dynamo_lite_router_kv_event_gaps_total", "Gaps seen in workers' KV events")
 SNAPSHOTS = Counter("dynamo_lite_router_snapshots_total", "Snapshots of workers' blocks loaded")

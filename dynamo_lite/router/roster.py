@@ -18,7 +18,7 @@ from dynamo_lite.router.load import WorkerLoad
 from dynamo_lite.router.paces import pace
 from dynamo_lite.router.recent import Recent
 from kvbm.events import BlocksStored, KvEventBatch, KvSnapshot, Tier
-from kvbm.index import PrefixIndex
+from kvbm.index import LIMIT, PrefixIndex
 
 REVIVE_AFTER_S = 0.5  # a report this long after a worker was called lost was not under way at that time
 PACES_S = 1.0  # how often what is believed of the workers' speeds follows what they report
@@ -39,6 +39,7 @@ class Instance:
     number: int  # of its own
     kind: int  # equal for workers of one fingerprint
     block_size: int  # tokens
+    namespace: str  # of the index: workers whose block hashes name the same KV
     pace: Pace
     recent: Recent = field(default_factory=Recent)  # placed there while it is `waiting`
     lost_at: float | None = None  # by the roster's clock
@@ -50,12 +51,23 @@ class Instance:
         return self.lost_at is None and not self.load.draining
 
 
+def namespace(fingerprint: Fingerprint) -> str:
+    """A block hash names tokens, and so, in one of these, their KV."""
+    return f"{fingerprint.engine}:{fingerprint.model}@{fingerprint.revision}"
+
+
 class Roster:
     """The workers. `ask_snapshot` is called when one of them must tell all of its blocks."""
 
-    def __init__(self, ask_snapshot: Callable[[Instance], None], clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock`: seconds, from whenever on."""
-        self.index = PrefixIndex()
+    def __init__(
+        self,
+        ask_snapshot: Callable[[Instance], None],
+        clock: Callable[[], float] = time.monotonic,
+        index_memory: int = LIMIT,
+    ) -> None:
+        """`clock`: seconds, from whenever on. `index_memory`: what the index may take, in bytes."""
+        self.index = PrefixIndex(index_memory)
+        self._evicted = 0  # blocks of the index that the counter has
         self.clock = clock
         self._instances: dict[Incarnation, Instance] = {}
         self._ask_snapshot = ask_snapshot
@@ -132,10 +144,12 @@ class Roster:
             self._joined,
             kind,
             record.fingerprint.block_size,
+            namespace(record.fingerprint),
             pace(NOTHING, ()),
         )
         self._paces_at = None
         log.info("%s joined (%s)", record.name, record.incarnation)
+        self.index.join(record.incarnation, instance.namespace)
         self._count_workers()
         self._ask_snapshot(instance)
         self.tell()
@@ -174,7 +188,7 @@ class Roster:
         # Batches may be on their way still, but not those that the report before this one spoke of.
         if before is not None and before.kv_seq > self.index.seq(report.worker) and not instance.waiting:
             self._gap(instance)
-        metrics.INDEX_BLOCKS.set(self.index.blocks)
+        self._show_index()
         self.tell()
 
     def take_batch(self, batch: KvEventBatch) -> None:
@@ -223,6 +237,12 @@ class Roster:
         metrics.GAPS.inc()
         instance.waiting = True
         self._ask_snapshot(instance)
+
+    def _show_index(self) -> None:
+        metrics.INDEX_BLOCKS.set(self.index.blocks)
+        metrics.INDEX_BYTES.set(self.index.bytes)
+        metrics.INDEX_EVICTED.inc(self.index.evicted - self._evicted)
+        self._evicted = self.index.evicted
 
     def _count_workers(self) -> None:
         roles: Iterable[Role] = [each.record.role for each in self._instances.values()]

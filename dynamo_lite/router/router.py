@@ -33,6 +33,7 @@ from dynamo_lite.router.placement import Placement
 from dynamo_lite.router.roster import Instance, Roster
 from kvbm.events import Tier
 from kvbm.hashing import block_hashes
+from kvbm.index import TIERS, Depths
 
 _EVERY_ROLE = tuple(Role)
 
@@ -51,14 +52,15 @@ class Overlap(NamedTuple):
 _NONE = Overlap(0)
 
 
-def _overlap(depths: Sequence[tuple[Tier, int]], longest: int) -> Overlap:
-    """`depths`: how long a prefix lies in tiers down to each, the nearest first. Of use are `longest` blocks."""
-    blocks, beneath = 0, []
-    for tier, depth in depths:
-        more = min(depth, longest) - blocks
-        if more > 0:
-            blocks += more
-            if tier is not Tier.DEVICE:
+def _overlap(depths: Depths, longest: int) -> Overlap:
+    """Of use are `longest` blocks."""
+    blocks = min(depths[0], longest)
+    beneath = []
+    if depths[-1] > blocks:
+        for tier, depth in zip(TIERS[1:], depths[1:], strict=True):
+            more = min(depth, longest) - blocks
+            if more > 0:
+                blocks += more
                 beneath.append((tier, more))
     return Overlap(blocks, tuple(beneath))
 
@@ -142,20 +144,18 @@ class Router:
 
         The last token is always computed, so a block that ends the prompt is never of use.
         """
-        sizes = {each.block_size for each in instances}
+        kinds = {(each.namespace, each.block_size) for each in instances}
         if len(token_ids) < 2:
             return {}
         overlaps: dict[str, Overlap] = {}
         index = self._roster.index
-        for size in sizes:  # nearly always one
-            hashes = block_hashes(token_ids, size, cache_salt)
-            depths = [(tier, index.match(hashes, tier)) for tier in (Tier.DEVICE, *index.beneath)]
+        for namespace, size in kinds:  # nearly always one
+            found = index.match(block_hashes(token_ids, size, cache_salt), namespace)
             longest = (len(token_ids) - 1) // size
             for each in instances:
-                if each.block_size == size:
-                    incarnation = each.record.incarnation
-                    mine = [(tier, found.get(incarnation, 0)) for tier, found in depths]
-                    overlaps[incarnation] = _overlap(mine, longest)
+                depths = found.get(each.record.incarnation)
+                if depths and each.block_size == size:
+                    overlaps[each.record.incarnation] = _overlap(depths, longest)
         return overlaps
 
     def _guess(

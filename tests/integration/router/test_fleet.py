@@ -15,7 +15,7 @@ from dynamo_lite.plane.wire import Incarnation
 from dynamo_lite.router.fleet import Fleet
 from dynamo_lite.router.router import Router
 from kvbm.hashing import block_hashes
-from tests.instances import record
+from tests.instances import matched, record
 
 from .conftest import SUBJECTS, Plane
 
@@ -34,7 +34,7 @@ async def test_a_fleet_opens_with_the_blocks_of_the_workers_that_are_there(plane
     async with plane.worker(D0) as worker:
         await worker.store(*HASHES[:12])
         async with plane.fleet() as fleet:
-            assert fleet.index.match(HASHES) == {D0.incarnation: 12}
+            assert matched(fleet, HASHES) == {D0.incarnation: 12}
             await worker.store(*HASHES[12:])
             await until(fleet, lambda: fleet.index.seq(D0.incarnation) == 2)
             placement = Router(fleet, Weights()).place(PROMPT)
@@ -48,9 +48,9 @@ async def test_a_worker_that_joins_later_is_asked_and_one_that_leaves_is_forgott
         async with plane.worker(D0) as worker:
             await until(fleet, lambda: D0.incarnation in fleet)
             await worker.store(1, 2, 3)
-            await until(fleet, lambda: fleet.index.match([1, 2, 3]) == {D0.incarnation: 3})
+            await until(fleet, lambda: matched(fleet, [1, 2, 3]) == {D0.incarnation: 3})
         await until(fleet, lambda: D0.incarnation not in fleet)
-        assert fleet.index.match([1, 2, 3]) == {}
+        assert matched(fleet, [1, 2, 3]) == {}
 
 
 async def test_a_lost_batch_is_noticed_at_the_next_one_and_made_up_for(plane: Plane) -> None:
@@ -59,7 +59,7 @@ async def test_a_lost_batch_is_noticed_at_the_next_one_and_made_up_for(plane: Pl
         await worker.store(1)
         await worker.store(2, lose=True)
         await worker.store(3)
-        await until(fleet, lambda: fleet.index.match([1, 2, 3]) == {D0.incarnation: 3})
+        await until(fleet, lambda: matched(fleet, [1, 2, 3]) == {D0.incarnation: 3})
         assert worker.snapshots == 2
 
 
@@ -69,7 +69,7 @@ async def test_a_lost_last_batch_is_noticed_from_load_reports(plane: Plane) -> N
         await worker.store(1, lose=True)
         await worker.report()
         await worker.report()
-        await until(fleet, lambda: fleet.index.match([1]) == {D0.incarnation: 1})
+        await until(fleet, lambda: matched(fleet, [1]) == {D0.incarnation: 1})
 
 
 async def test_batches_that_arrive_while_the_snapshot_is_under_way_are_not_lost(plane: Plane) -> None:
@@ -82,7 +82,7 @@ async def test_batches_that_arrive_while_the_snapshot_is_under_way_are_not_lost(
             await worker.store(1, 2)
             await worker.store(3)
             worker.held_back.set()
-            await until(fleet, lambda: fleet.index.match([1, 2, 3]) == {D0.incarnation: 3})
+            await until(fleet, lambda: matched(fleet, [1, 2, 3]) == {D0.incarnation: 3})
 
 
 async def test_a_worker_that_does_not_serve_snapshots_yet_is_asked_again(plane: Plane) -> None:
@@ -91,7 +91,7 @@ async def test_a_worker_that_does_not_serve_snapshots_yet_is_asked_again(plane: 
         await worker.store(1)
         async with plane.worker(msgspec.structs.replace(D0, name="decode-0b")) as again:
             again.ledger, again.seq = worker.ledger, worker.seq
-            await until(fleet, lambda: fleet.index.match([1]) == {D0.incarnation: 1})
+            await until(fleet, lambda: matched(fleet, [1]) == {D0.incarnation: 1})
 
 
 async def test_a_new_incarnation_shares_nothing_with_the_old_one(plane: Plane) -> None:
@@ -99,7 +99,7 @@ async def test_a_new_incarnation_shares_nothing_with_the_old_one(plane: Plane) -
     async with plane.fleet() as fleet:
         async with plane.worker(D0) as worker:
             await worker.store(*HASHES)
-            await until(fleet, lambda: fleet.index.match(HASHES) == {D0.incarnation: 20})
+            await until(fleet, lambda: matched(fleet, HASHES) == {D0.incarnation: 20})
         async with plane.worker(reborn):
             await until(fleet, lambda: reborn.incarnation in fleet and D0.incarnation not in fleet)
             placement = Router(fleet, Weights()).place(PROMPT)
@@ -133,4 +133,4 @@ async def test_a_message_nobody_can_read_is_dropped(plane: Plane) -> None:
         await bus.publish(SUBJECTS.kv_events(D0.incarnation), b"\x63 from another version")
         await bus.publish(SUBJECTS.load(D0.incarnation), b"")
         await worker.store(1)
-        await until(fleet, lambda: fleet.index.match([1]) == {D0.incarnation: 1})
+        await until(fleet, lambda: matched(fleet, [1]) == {D0.incarnation: 1})
