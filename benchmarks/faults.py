@@ -24,7 +24,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,8 @@ def outcome(deployment: Deployment, fault: str) -> Outcome:
         streams, refused = asyncio.run(under_streams(deployment, pid, number))
     finally:
         if number is signal.SIGSTOP:
-            os.kill(pid, signal.SIGCONT)
+            with suppress(ProcessLookupError):  # the supervisor has ended it by now
+                os.kill(pid, signal.SIGCONT)
     moved = {cause: count - before.get(cause, 0.0) for cause, count in migrations(deployment).items()}
     return Outcome(fault, streams, refused, {cause: count for cause, count in moved.items() if count}, load.cores())
 
@@ -221,7 +222,10 @@ def main() -> None:
     theirs = rival(given.rival, given.rival_python) if given.rival else {}
     for engine in given.engine or ["sim", "vllm"]:
         with deployed(engine) as deployment:
-            outcomes = [outcome(deployment, fault) for fault in FAULTS]
+            outcomes = []
+            for fault in FAULTS:
+                outcomes.append(outcome(deployment, fault))
+                print(f"{engine}, {fault}: {outcomes[-1].complete} of {STREAMS}", flush=True)
         figures += bars(engine, outcomes, {})
         raw[engine] = [asdict(one) for one in outcomes]
     figures += bars("", [], theirs)
