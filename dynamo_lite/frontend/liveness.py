@@ -17,10 +17,10 @@ from dynamo_lite.plane.wire import Incarnation, InstanceRecord, Pong, Role, Subj
 from dynamo_lite.router.roster import Roster
 
 PING_S = 0.1
-SILENCE_S = 1.0  # a worker of which nothing is heard for so long is frozen or cut off
-HEAD_START_S = 0.6  # of a silence that began before anything was asked of the worker
+SILENCE_S = 0.8  # a worker of which nothing is heard for so long is frozen or cut off
+HEAD_START_S = 0.4  # of a silence that began before anything was asked of the worker
 LONG_SILENCE_S = 3.0  # the same, where that is less likely
-QUIET_S = 0.7  # without one of its reports, which are four a second
+QUIET_S = 0.6  # without one of its reports, which are four a second
 NATS_AWAY_S = 30.0  # without NATS nobody else could go on with a stream either
 REMEMBERED_S = 60.0  # how long an alarm makes the next one of that worker less likely
 DECODES = (Role.DECODE, Role.BOTH)

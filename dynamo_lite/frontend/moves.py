@@ -12,7 +12,7 @@ from dynamo_lite.frontend.liveness import DECODES
 from dynamo_lite.plane.wire import Holder, Incarnation, InstanceRecord, RequestId
 from dynamo_lite.router.roster import Roster
 
-AT_ONCE = 4  # prompts of one worker
+AT_ONCE = 2  # prompts of one worker
 FEW_TOKENS = 16  # a sequence that ends within so many may do so where it is
 
 
