@@ -292,7 +292,9 @@ def test_the_prefill_worker_is_asked_for_what_a_frozen_holder_did_not_give(
         before, remote = moved(trio, "decode-0"), prompts(trio, "decode-0", "remote")
         with trio.frozen(trio.engine_pid("decode-1")), ThreadPoolExecutor(1) as pool:
             assert pool.submit(tokens, trio, whole, temperature=0).result(FROZEN_S) == expected
-        until(lambda: prompts(trio, "decode-0", "remote") == remote + 1, "the prefill worker gave it")
-        assert moved(trio, "decode-0") == before + 10, "the rest was computed here"
+        until(lambda: prompts(trio, "decode-0", "remote") > remote, "the prefill worker gave it")
+        # The stream that kept decode-1 busy goes on here, too, with all of its 2,000 tokens.
+        blocks = moved(trio, "decode-0") - before
+        assert blocks == 10 or blocks >= 10 + 2000 // BLOCK, "the rest was computed here"
     for name in (*DECODERS, "prefill-0"):
         until(lambda name=name: at_rest(trio, name), f"{name} holds nothing", 60)  # type: ignore[misc]
